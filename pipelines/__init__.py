@@ -1,0 +1,1 @@
+"""Runnable recipes that put the parts of softlabels together."""

@@ -1,0 +1,1 @@
+"""Fashion-MNIST from end to end: a convolutional teacher, a small MLP student."""

@@ -1,0 +1,68 @@
+"""The app: which commands there are, and how errors end."""
+
+import os
+import sys
+
+import typer
+
+import softlabels
+from softlabels.errors import SoftLabelsError
+
+app = typer.Typer(
+    name="softlabels",
+    help=__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Runs the command line and exits with its code; a user's mistake is one line on stderr."""
+    try:
+        app()
+    except SoftLabelsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        print(f"error: {_missing(error)}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): that is not a failure of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    extras = {"deltalake": "teacher", "duckdb": "query", "polars": "query", "torch": "student"}
+    extras |= {"safetensors": "student", "matplotlib": "report", "s3fs": "s3"}
+    module = (error.name or "").split(".")[0]
+    if module in extras:
+        return f"this command needs {module!r}: pip install 'softlabels[{extras[module]}]'"
+    return str(error)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"softlabels {softlabels.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help="Distil a teacher offline: its soft labels as a versioned, queryable dataset.")
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+# Registration only: none of these modules imports a heavy package at its top.
+from softlabels.cli import capture, query, student, table  # noqa: E402
+
+capture.register(app)
+table.register(app)
+query.register(app)
+student.register(app)

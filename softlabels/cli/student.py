@@ -1,0 +1,7 @@
+"""student commands."""
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the app."""

@@ -1,0 +1,39 @@
+"""Every error a user can meet.
+
+Each class says whose turn it is: `exit_code` is what the command line ends with. A message says
+what was expected, what was found, where, and what to do; values are shown with `!r`.
+"""
+
+
+class SoftLabelsError(Exception):
+    """A failure that trying again will not mend."""
+
+    exit_code = 1
+
+
+class BadInputError(SoftLabelsError):
+    """What the user wrote (a spec, a recipe, a query, an argument) cannot be meant."""
+
+    exit_code = 2
+
+
+class DataError(SoftLabelsError):
+    """Data contradict themselves: NaN logits, one id with two contents, a mass above one."""
+
+
+class MismatchError(SoftLabelsError):
+    """Two things that must fit do not: label spaces, temperatures, weights, plan and files."""
+
+
+class IntegrityError(SoftLabelsError):
+    """Bytes are not those that were written: a checksum, a length or a format version is wrong."""
+
+
+class StorageError(SoftLabelsError):
+    """A path cannot be read or written: missing, read-only, full."""
+
+
+class TryAgainError(SoftLabelsError):
+    """Nothing is lost and the same command may succeed later."""
+
+    exit_code = 75

@@ -1,0 +1,128 @@
+"""Where labels come from: what a table version, a plan and a student checkpoint say of them."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from softlabels.errors import MismatchError
+from softlabels.fingerprint import sha256_json
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TeacherLineage(_Frozen):
+    """Which teacher spoke.
+
+    Attributes:
+        name: what people call it.
+        revision: the user's own mark of its state.
+        kind: how it ran.
+        code: import path, repository or file of the model.
+        code_sha256: of the source file that defines it, where there is one.
+        arguments: constructor arguments.
+        weights_sha256: of the weights file.
+        decode: import path of what turned source columns into its inputs.
+        decode_sha256: of that source file.
+    """
+
+    name: str
+    revision: str = ""
+    kind: Literal["torch", "hf", "onnx", "recorded"]
+    code: str
+    code_sha256: str | None = None
+    arguments: Mapping[str, Any] = {}
+    weights_sha256: str | None = None
+    decode: str | None = None
+    decode_sha256: str | None = None
+
+    def fingerprint(self) -> str:
+        """The sha256 of all that decides what the teacher says; its name does not."""
+        return sha256_json(self.model_dump(exclude={"name", "revision"}))
+
+
+class Contents(_Frozen):
+    """What is the same in every row of a table version.
+
+    Attributes:
+        teacher: one teacher a version.
+        num_classes: V.
+        classes: the label space, in order of id; language models have a tokenizer instead.
+        tokenizer_sha256: of the exact token-to-id map.
+        chat_template_sha256: of the template, where one was used.
+        alignment: "next": a position holds the distribution after its token; "same": at it.
+        k: stored ids a position.
+        draws: m, tail draws a position.
+        draws_temperature: the temperature at which they were drawn.
+        temperatures: the extra ones that are stored exactly.
+        profile: the value profile.
+        carried: columns copied from the source.
+        seed: of the draws.
+    """
+
+    teacher: TeacherLineage
+    num_classes: int
+    classes: tuple[str, ...] | None = None
+    tokenizer_sha256: str | None = None
+    chat_template_sha256: str | None = None
+    alignment: Literal["next", "same"] | None = None
+    k: int
+    draws: int = 0
+    draws_temperature: float = 1.0
+    temperatures: tuple[float, ...] = ()
+    profile: Literal["compact", "precise"]
+    carried: tuple[str, ...] = ()
+    seed: int = 0
+
+    def digest(self) -> str:
+        """The sha256 of these contents."""
+        return sha256_json(self.model_dump(mode="json"))
+
+    def require_same(self, other: "Contents", here: str, there: str) -> None:
+        """Raises MismatchError with both values at the first field that differs.
+
+        Args:
+            other: the contents to compare with.
+            here: what to call these in the message.
+            there: what to call the others.
+        """
+        for name in type(self).model_fields:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if name == "teacher":
+                mine, theirs = mine.fingerprint(), theirs.fingerprint()
+            if mine != theirs:
+                raise MismatchError(
+                    f"{name} differs: {here} has {mine!r}, {there} has {theirs!r}; "
+                    "one table holds one kind of label: use another table"
+                )
+
+
+class RunLineage(_Frozen):
+    """Which run a commit belongs to.
+
+    Attributes:
+        run_id: sha256 of the identity fields of its spec.
+        units: those that the commit adds.
+        num_rows: rows that it adds.
+        spec: the run's spec; `spec_sha256` is of its canonical JSON.
+        source: uri, fingerprint, number of files and rows of the source.
+        packages: versions of what computed the labels.
+        code_revision: git commit of the user's working folder, where there is one.
+        device: cpu, cuda, …
+        started_at: UTC time at which the first unit began, ISO 8601.
+        seconds: teacher time for these units.
+    """
+
+    run_id: str
+    units: tuple[str, ...]
+    num_rows: int
+    spec: Mapping[str, Any]
+    spec_sha256: str
+    source: Mapping[str, Any]
+    packages: Mapping[str, str]
+    code_revision: str | None = None
+    device: str
+    started_at: str
+    seconds: float

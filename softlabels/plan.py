@@ -1,0 +1,280 @@
+"""The plan: a frozen reading order over table versions, all that a student needs.
+
+One Parquet file. Its rows say which row groups to read, which rows of them, how often and with
+which loss weight; its metadata holds the recipe, each table's lineage and every file's checksums.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from softlabels.errors import BadInputError, IntegrityError
+from softlabels.fingerprint import canonical_json, sha256_bytes, sha256_json
+from softlabels.lineage import Contents
+from softlabels.storage import Root, open_root, safe_relative
+
+FORMAT_VERSION = 1
+FEATURES: frozenset[str] = frozenset()
+"""What this release can do beyond the plain plan; a plan that needs more is refused."""
+
+_META = b"softlabels.plan"
+
+ENTRIES = pa.schema(
+    [
+        pa.field("stage", pa.int32(), nullable=False),  # curriculum stage, read in order
+        pa.field("table", pa.string(), nullable=False),  # name of one of the plan's tables
+        pa.field("file", pa.string(), nullable=False),  # path below the table's root
+        pa.field("row_group", pa.int32(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),  # rows an epoch before this entry
+        pa.field("num_rows", pa.int32(), nullable=False),  # rows taken from the row group, once
+        pa.field("rows", pa.list_(pa.field("element", pa.int32(), nullable=False))),  # null: all
+        pa.field("repeats", pa.int32(), nullable=False),  # times an epoch
+        pa.field("loss_weight", pa.float32(), nullable=False),
+    ]
+)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PlanFile(_Frozen):
+    """A shard that the plan reads: path below its root, bytes, checksums, rows."""
+
+    path: str
+    size: int
+    sha256: str
+    footer_sha256: str
+    num_rows: int
+
+
+class PlanTable(_Frozen):
+    """One table version: its name in the recipe, where it was, what it held, its files in use."""
+
+    name: str
+    uri: str
+    version: int
+    snapshot_digest: str
+    contents: Contents
+    files: tuple[PlanFile, ...]
+
+
+class SourceReport(_Frozen):
+    """What became of one source of the recipe.
+
+    Attributes:
+        source: its name in the recipe.
+        table: the PlanTable it reads.
+        rows: rows of the table version.
+        dropped: rows left out, by reason.
+        kept: distinct rows in the plan.
+        reads: rows an epoch, repeats counted.
+        share_asked: of the epoch, 0 to 1; None when nothing was asked.
+        share: of the epoch, as realised.
+        loss_weight: of each row.
+    """
+
+    source: str
+    table: str
+    rows: int
+    dropped: Mapping[str, int]
+    kept: int
+    reads: int
+    share_asked: float | None
+    share: float
+    loss_weight: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A reading order.
+
+    Attributes:
+        tables: by name.
+        entries: ENTRIES rows, in plan order.
+        recipe: what it was made from, table locations left out.
+        report: what became of each source.
+        features: what a reader must be able to do.
+        location: where it was read from, for finding tables copied beside it.
+    """
+
+    tables: Mapping[str, PlanTable]
+    entries: pa.Table
+    recipe: Mapping[str, Any]
+    report: tuple[SourceReport, ...] = ()
+    features: tuple[str, ...] = ()
+    location: str | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows an epoch, repeats counted."""
+        if not self.entries.num_rows:
+            return 0
+        last = self.entries.slice(self.entries.num_rows - 1).to_pylist()[0]
+        return int(last["offset"] + last["num_rows"] * last["repeats"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256 of the logical content: entries, recipe, what tables hold; no locations."""
+        return sha256_json(
+            {
+                "format_version": FORMAT_VERSION,
+                "features": sorted(self.features),
+                "recipe": dict(self.recipe),
+                "tables": [
+                    {"name": t.name, "digest": t.snapshot_digest, "contents": t.contents.digest()}
+                    for t in sorted(self.tables.values(), key=lambda t: t.name)
+                ],
+                "entries": _entries_digest(self.entries),
+            }
+        )
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan to a local path or URI; equal plans give equal bytes."""
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "features": list(self.features),
+            "recipe": dict(self.recipe),
+            "tables": [table.model_dump(mode="json") for table in self.tables.values()],
+            "report": [source.model_dump(mode="json") for source in self.report],
+        }
+        sink = pa.BufferOutputStream()
+        table = self.entries.replace_schema_metadata({_META: canonical_json(meta).encode()})
+        pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+        folder, name = os.path.split(os.fspath(path))
+        open_root(folder or ".").write(name, memoryview(sink.getvalue()))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """The plan in a file.
+
+        Raises:
+            BadInputError: there is no such file.
+            IntegrityError: it is damaged, newer than this release, or not a plan.
+        """
+        folder, name = os.path.split(os.fspath(path))
+        root = open_root(folder or ".")
+        if not root.exists(name):
+            raise BadInputError(f"there is no plan at {os.fspath(path)!r}")
+        data = root.read(name)
+        try:
+            file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+            entries = file.read()
+            meta = json.loads((file.schema_arrow.metadata or {})[_META])
+            _require_known(meta, str(path))
+            plan = cls(
+                tables={t["name"]: PlanTable.model_validate(t) for t in meta["tables"]},
+                entries=entries.replace_schema_metadata(None).cast(ENTRIES),
+                recipe=meta["recipe"],
+                report=tuple(SourceReport.model_validate(s) for s in meta["report"]),
+                features=tuple(meta["features"]),
+                location=root.uri,
+            )
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, ValidationError) as e:
+            reason = " ".join(str(e).split())[:200]
+            raise IntegrityError(
+                f"{os.fspath(path)!r} is not a whole softlabels plan: {reason}"
+            ) from e
+        plan._check(meta["fingerprint"])
+        return plan
+
+    def root(self, name: str, overrides: Mapping[str, str] | None = None) -> Root:
+        """Where table `name` is now.
+
+        An override wins; then the place where it was when the plan was made; then a folder of the
+        same name beside the plan. Whichever it is, files are checked against the plan's sha256.
+
+        Raises:
+            BadInputError: it is in none of these places.
+        """
+        table = self.tables[name]
+        if overrides and name in overrides:
+            return open_root(overrides[name])
+        root = open_root(table.uri)
+        if not root.is_local or not table.files or root.exists(table.files[0].path):
+            return root
+        for beside in (name, os.path.basename(table.uri)):
+            if self.location is not None:
+                nearby = open_root(f"{self.location}/{beside}")
+                if nearby.exists(table.files[0].path):
+                    return nearby
+        raise BadInputError(
+            f"table {name!r} is not at {table.uri!r}, nor beside the plan: "
+            f"say where it is with --root {name}=URI"
+        )
+
+    def _check(self, fingerprint: str) -> None:
+        if fingerprint != self.fingerprint:
+            raise IntegrityError(
+                f"the plan's content has fingerprint {self.fingerprint!r}, it says "
+                f"{fingerprint!r}: it was changed after it was made"
+            )
+        files = {t.name: {safe_relative(f.path) for f in t.files} for t in self.tables.values()}
+        for name, file in set(
+            zip(*self.entries.select(["table", "file"]).to_pydict().values(), strict=True)
+        ):
+            if file not in files.get(name, ()):
+                raise IntegrityError(f"the plan reads file {file!r} of table {name!r}, not listed")
+
+
+def entries_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    """ENTRIES from rows without `offset`, which is added in the order given.
+
+    Args:
+        rows: mappings with the fields of ENTRIES; `rows` None or row indexes, rising.
+    """
+    offset, complete = 0, []
+    for row in rows:
+        complete.append({**row, "offset": offset})
+        offset += row["num_rows"] * row["repeats"]
+    return pa.Table.from_pylist(complete, schema=ENTRIES)
+
+
+def _entries_digest(entries: pa.Table) -> str:
+    # Values, not Parquet bytes: those change with the pyarrow that wrote them.
+    sink = pa.BufferOutputStream()
+    plain = entries.replace_schema_metadata(None).cast(ENTRIES).combine_chunks()
+    for name in ENTRIES.names:
+        column = plain[name]
+        if name == "rows":
+            lengths = pc.fill_null(pc.list_value_length(column), -1)
+            sink.write(_digest_of_ints(lengths))
+            column = pc.list_flatten(column)
+        if pa.types.is_string(column.type):
+            sink.write(sha256_json(column.to_pylist()).encode())
+        else:
+            sink.write(_digest_of_ints(column))
+    return sha256_bytes(memoryview(sink.getvalue()))
+
+
+def _digest_of_ints(column: pa.ChunkedArray) -> bytes:
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    width = array.type.bit_width // 8
+    buffer = array.buffers()[1]
+    start = array.offset * width
+    data = memoryview(buffer)[start : start + len(array) * width] if buffer is not None else b""
+    return sha256_bytes(data).encode()
+
+
+def _require_known(meta: Mapping[str, Any], path: str) -> None:
+    if int(meta["format_version"]) > FORMAT_VERSION:
+        raise IntegrityError(
+            f"plan {path!r} has format version {meta['format_version']}, this release reads up to "
+            f"{FORMAT_VERSION}: upgrade softlabels"
+        )
+    unknown = sorted(set(meta["features"]) - FEATURES)
+    if unknown:
+        raise IntegrityError(
+            f"plan {path!r} needs {unknown}, which this release cannot do: upgrade"
+        )

@@ -1,0 +1,1 @@
+"""Views over tables, recipes, and the plans they freeze into."""

@@ -1,0 +1,205 @@
+"""URI to filesystem: the only place that opens storage and the only one that knows credentials.
+
+Credentials come from the environment, which fsspec's and delta-rs's clients read themselves; none
+is ever taken from a spec, and a URI that carries one is refused, so none can reach a log or a plan.
+"""
+
+import contextlib
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from softlabels.errors import BadInputError, IntegrityError, StorageError
+
+
+@contextlib.contextmanager
+def storage_errors(action: str, path: str) -> Iterator[None]:
+    """Turns an OSError inside into a StorageError that says what was done to which path."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise StorageError(f"cannot {action} {path!r}: {reason}") from error
+
+
+def safe_relative(path: str) -> str:
+    """`path` normalised, when it names something below a root.
+
+    Raises:
+        IntegrityError: it is absolute, climbs out with "..", or names another scheme. Paths in
+            tables and plans may come from a stranger.
+    """
+    parts = path.split("/")
+    hostile = not path or path.startswith(("/", "~")) or "\\" in path or "\0" in path
+    if hostile or ":" in parts[0] or ".." in parts:
+        raise IntegrityError(f"path {path!r} leaves its root: expected a plain relative path")
+    return posixpath.normpath(path)
+
+
+@dataclass(frozen=True, eq=False)
+class Root:
+    """A folder at a URI, and all that softlabels does to storage.
+
+    Relative paths given to its methods must stay below it.
+
+    Attributes:
+        uri: what lineage and messages call it; for local folders the absolute path.
+        fs: the fsspec filesystem.
+        path: the folder inside `fs`, normalised.
+    """
+
+    uri: str
+    fs: Any
+    path: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return isinstance(self.fs, LocalFileSystem)
+
+    def full(self, relative: str) -> str:
+        """The path inside `fs` of `relative`.
+
+        Raises:
+            IntegrityError: it leaves the root, be it by "..", a scheme or a symbolic link.
+        """
+        joined = posixpath.join(self.path, safe_relative(relative))
+        if self.is_local and not Path(joined).resolve().is_relative_to(Path(self.path).resolve()):
+            raise IntegrityError(f"path {relative!r} leaves its root {self.uri!r} by a link")
+        return joined
+
+    def read(self, relative: str) -> bytes:
+        """The bytes of a file."""
+        with storage_errors("read", posixpath.join(self.uri, relative)):
+            return cast(bytes, self.fs.cat_file(self.full(relative)))
+
+    def open(self, relative: str) -> IO[bytes]:
+        """A file opened for reading."""
+        with storage_errors("read", posixpath.join(self.uri, relative)):
+            return cast(IO[bytes], self.fs.open(self.full(relative), "rb"))
+
+    def size(self, relative: str) -> int:
+        """A file's length in bytes."""
+        with storage_errors("read", posixpath.join(self.uri, relative)):
+            return int(self.fs.size(self.full(relative)))
+
+    def exists(self, relative: str) -> bool:
+        """Whether a file is there."""
+        return bool(self.fs.exists(self.full(relative)))
+
+    def names(self, relative: str) -> list[str]:
+        """Sorted names of the files in a folder; empty where there is no such folder."""
+        folder = self.full(relative)
+        self.fs.invalidate_cache()
+        if not self.fs.isdir(folder):
+            return []
+        found = self.fs.ls(folder, detail=True)
+        return sorted(posixpath.basename(f["name"]) for f in found if f["type"] == "file")
+
+    def write(self, relative: str, data: bytes | memoryview) -> None:
+        """Writes or replaces a file; readers see the old bytes or the new ones, never a part."""
+        path = self.full(relative)
+        with storage_errors("write", posixpath.join(self.uri, relative)):
+            if not self.is_local:
+                self.fs.pipe_file(path, bytes(data))
+                return
+            temporary = _write_temporary(path, data)
+            os.replace(temporary, path)
+            _sync_folder(path)
+
+    def create(self, relative: str, data: bytes) -> bool:
+        """Writes a file that must not exist yet; whether this call was the one that made it."""
+        path = self.full(relative)
+        with storage_errors("write", posixpath.join(self.uri, relative)):
+            if not self.is_local:
+                try:
+                    self.fs.pipe_file(path, data, mode="create")
+                except FileExistsError:
+                    return False
+                return True
+            temporary = _write_temporary(path, data)
+            try:
+                # fsspec's local mode="create" looks first and writes then: two writers can win.
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            finally:
+                os.unlink(temporary)
+            _sync_folder(path)
+            return True
+
+    def delete(self, relative: str) -> None:
+        """Removes a file, when it is there."""
+        with storage_errors("delete", posixpath.join(self.uri, relative)):
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(self.full(relative))
+
+
+def open_root(uri: str | os.PathLike[str]) -> Root:
+    """The folder at `uri`: a local path, file://, s3://, gs://, az:// or any fsspec URL.
+
+    Raises:
+        BadInputError: the URI carries credentials, or no installed filesystem serves its scheme.
+    """
+    text = os.fspath(uri)
+    parts = urlsplit(text)
+    if parts.scheme and (parts.password or parts.username or parts.query):
+        raise BadInputError(
+            f"a URI with credentials or a query is refused ({parts.scheme}://{parts.hostname}…): "
+            "give credentials by environment variables"
+        )
+    try:
+        fs, path = fsspec.url_to_fs(text)
+    except (ValueError, ImportError) as error:
+        raise BadInputError(f"cannot open {text!r}: {error}") from error
+    path = path.rstrip("/") or "/"
+    return Root(uri=path if isinstance(fs, LocalFileSystem) else text.rstrip("/"), fs=fs, path=path)
+
+
+def find_files(pattern: str) -> tuple[Root, list[str]]:
+    """The root above the first wildcard of `pattern`, and the sorted relative paths it matches.
+
+    Raises:
+        BadInputError: nothing matches.
+    """
+    head = pattern.split("*")[0].split("?")[0].split("[")[0]
+    root = open_root(posixpath.dirname(head) or ".")
+    prefix = posixpath.dirname(head)
+    rest = pattern[len(prefix) :].lstrip("/") if prefix else pattern
+    with storage_errors("list", pattern):
+        found = root.fs.glob(posixpath.join(root.path, rest))
+    if not found:
+        raise BadInputError(f"no file matches {pattern!r}")
+    return root, sorted(posixpath.relpath(str(path), root.path) for path in found)
+
+
+def _write_temporary(path: str, data: bytes | memoryview) -> str:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return temporary
+
+
+def _sync_folder(path: str) -> None:
+    # Without it a name can be lost in a power cut after its commit was acknowledged.
+    descriptor = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""The table: Parquet shards in a Delta log, versions, tags, lineage."""

@@ -1,0 +1,286 @@
+"""One Parquet file: value profiles, writing in memory, reading whole or a row group.
+
+A shard is written to memory, hashed, then stored under a name that carries its sha256, so that a
+half-written file can never be taken for a whole one. Readers that never commit (the student) need
+only this module of the store.
+"""
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from softlabels.errors import IntegrityError
+from softlabels.fingerprint import sha256_bytes
+from softlabels.schema import COLUMNS, FLOATS, FORMAT_VERSION, INTS, ROW_GROUP_POSITIONS, STATISTICS
+from softlabels.targets import Floats, SoftTargets, Temper
+
+Profile = Literal["compact", "precise"]
+
+FORMAT_KEY = b"softlabels.format_version"
+MASS_TOLERANCE: dict[Profile, float] = {"precise": 2e-3, "compact": 2e-2}
+"""How far the stored head and tail of a row may be from mass 1 under each profile."""
+
+_SMALLEST_TAIL = -(2.0**-24)
+"""Largest negative float16: a tail of log-mass 0 would say that the head has no mass."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished Parquet file in memory.
+
+    Attributes:
+        data: its bytes.
+        sha256: of all bytes.
+        footer_sha256: of the Parquet footer, which page checksums do not cover.
+        num_rows: rows in it.
+        statistics: Delta's statistics object: numRecords, minValues, maxValues, nullCount.
+    """
+
+    data: memoryview
+    sha256: str
+    footer_sha256: str
+    num_rows: int
+    statistics: dict[str, Any]
+
+
+@cache
+def compact_levels() -> Floats:
+    """The 256 depths (nats, rising from 0) on which the compact profile rounds -logprob.
+
+    The step at depth x is min(e^(x/2)/96, 1/4): fine where a probability is large, because an
+    error there moves much mass. 256 levels, so that a dictionary index is one byte.
+    """
+    depths = np.zeros(256)
+    for i in range(1, 256):
+        depths[i] = depths[i - 1] + min(np.exp(depths[i - 1] / 2) / 96, 0.25)
+    return depths.astype(np.float32)
+
+
+def to_float16_precision(values: Floats) -> Floats:
+    """`values` rounded to what float16 holds, still float32 (float16 columns stop Spark)."""
+    return values.astype(np.float16).astype(np.float32)
+
+
+def to_compact_levels(logprobs: Floats) -> Floats:
+    """`logprobs` (nats, <= 0) rounded to the nearest compact level; -inf stays."""
+    levels = compact_levels()
+    middles = (levels[1:] + levels[:-1]) / 2
+    rounded = -levels[np.searchsorted(middles, -logprobs)]
+    return np.where(np.isfinite(logprobs), rounded, logprobs).astype(np.float32)
+
+
+def round_to_profile(targets: SoftTargets, profile: Profile) -> SoftTargets:
+    """`targets` as the profile stores them. Ids, draws, labels and ranks are never changed."""
+    head = to_compact_levels if profile == "compact" else to_float16_precision
+
+    def tail(values: Floats) -> Floats:
+        rounded = np.minimum(to_float16_precision(values), np.float32(_SMALLEST_TAIL))
+        return rounded if targets.k else values
+
+    def optional(values: Floats | None) -> Floats | None:
+        return None if values is None else to_float16_precision(values)
+
+    return SoftTargets(
+        num_positions=targets.num_positions,
+        ids=targets.ids,
+        logprobs=head(targets.logprobs),
+        tail=None if targets.tail is None else tail(targets.tail),
+        draws=targets.draws,
+        entropy=optional(targets.entropy),
+        label_ids=targets.label_ids,
+        label_logprobs=optional(targets.label_logprobs),
+        label_ranks=targets.label_ranks,
+        temper={
+            t: Temper(to_float16_precision(v.shift), tail(v.tail))
+            for t, v in targets.temper.items()
+        },
+    )
+
+
+class ShardWriter:
+    """Collects rows into one Parquet file in memory.
+
+    Row groups close at the first whole batch that brings them to `row_group_positions`.
+    """
+
+    def __init__(
+        self,
+        schema: pa.Schema,
+        profile: Profile,
+        metadata: Mapping[str, str] | None = None,
+        row_group_positions: int = ROW_GROUP_POSITIONS,
+    ) -> None:
+        extra = {FORMAT_KEY: str(FORMAT_VERSION).encode()}
+        extra |= {key.encode(): value.encode() for key, value in (metadata or {}).items()}
+        self._schema = schema
+        self._sink = pa.BufferOutputStream()
+        self._writer = pq.ParquetWriter(self._sink, schema, **_encoding(schema, profile))
+        self._writer.add_key_value_metadata(extra)
+        self._statistics = _Statistics(schema)
+        self._row_group_positions = row_group_positions
+        self._waiting: list[pa.RecordBatch] = []
+        self._waiting_positions = 0
+        self.num_rows = 0
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Adds rows; `batch` must have the writer's schema."""
+        self._waiting.append(batch)
+        self._waiting_positions += int(pc.sum(batch["num_positions"]).as_py() or 0)
+        self.num_rows += batch.num_rows
+        self._statistics.add(batch)
+        if self._waiting_positions >= self._row_group_positions:
+            self._flush()
+
+    def close(self) -> Shard:
+        """Ends the file."""
+        self._flush()
+        self._writer.close()
+        data = memoryview(self._sink.getvalue())
+        return Shard(
+            data=data,
+            sha256=sha256_bytes(data),
+            footer_sha256=sha256_bytes(footer(data)),
+            num_rows=self.num_rows,
+            statistics=self._statistics.result(self.num_rows),
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the row groups closed so far."""
+        return int(self._sink.tell())
+
+    def _flush(self) -> None:
+        if self._waiting:
+            table = pa.Table.from_batches(self._waiting, self._schema)
+            self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+            self._waiting, self._waiting_positions = [], 0
+
+
+def footer(data: bytes | memoryview) -> memoryview:
+    """The bytes from the start of a Parquet file's footer to its end.
+
+    Raises:
+        IntegrityError: the file is cut short or is no Parquet file.
+    """
+    view = memoryview(data)
+    if len(view) < 12 or bytes(view[-4:]) != b"PAR1":
+        raise IntegrityError(f"not a whole Parquet file: {len(view)} bytes without its end mark")
+    (length,) = struct.unpack("<I", view[-8:-4])
+    if length + 12 > len(view):
+        raise IntegrityError(f"not a whole Parquet file: footer of {length} bytes in {len(view)}")
+    return view[-8 - length :]
+
+
+def open_shard(data: bytes | memoryview, name: str) -> pq.ParquetFile:
+    """A Parquet file over bytes in memory, checked for format version, page checksums on.
+
+    Raises:
+        IntegrityError: it is not a whole Parquet file or is of a newer format version.
+    """
+    try:
+        footer(data)
+        file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)), page_checksum_verification=True)
+    except (pa.ArrowInvalid, OSError, IntegrityError) as error:
+        raise IntegrityError(f"shard {name!r} cannot be read: {error}") from error
+    version = (file.metadata.metadata or {}).get(FORMAT_KEY, b"0").decode()
+    check_format_version(version, f"shard {name!r}")
+    return file
+
+
+def check_format_version(version: str | None, where: str) -> None:
+    """Raises IntegrityError unless `version` is one that this release reads."""
+    if version is None or not version.isdigit() or version == "0":
+        raise IntegrityError(
+            f"{where} has no softlabels format version: it was not made by softlabels"
+        )
+    if int(version) > FORMAT_VERSION:
+        raise IntegrityError(
+            f"{where} has format version {version}, this release reads up to {FORMAT_VERSION}: "
+            "upgrade softlabels"
+        )
+
+
+def read_row_groups(
+    file: pq.ParquetFile, name: str, groups: Sequence[int], columns: Sequence[str] | None = None
+) -> pa.RecordBatch:
+    """The rows of some row groups, in the order given, as one record batch.
+
+    Raises:
+        IntegrityError: a page's checksum is wrong or its bytes cannot be decoded.
+    """
+    try:
+        table = file.read_row_groups(list(groups), columns=columns).combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise IntegrityError(f"shard {name!r} is damaged: {error}") from error
+    batches = table.to_batches()
+    return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+
+
+def _encoding(schema: pa.Schema, profile: Profile) -> dict[str, Any]:
+    # pyarrow wants leaf paths for settings by column; a column that a compression dictionary does
+    # not name is stored uncompressed, so every leaf is named.
+    split, dictionary, levels = {}, [], {}
+    for field in schema:
+        leaf = f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+        fixed = field.name in COLUMNS or field.name.startswith(("temper_shift_", "tail_logprob_"))
+        if field.name == "topk_logprobs" and profile == "compact":
+            dictionary.append(leaf)
+            levels[leaf] = 3
+        elif field.type in (INTS, FLOATS) and fixed:
+            split[leaf] = "BYTE_STREAM_SPLIT"
+            levels[leaf] = 1
+        elif pa.types.is_binary(field.type):
+            levels[leaf] = 3
+        else:
+            dictionary.append(leaf)
+            levels[leaf] = 3
+    return {
+        "use_dictionary": dictionary,
+        "column_encoding": split,
+        "compression": dict.fromkeys(levels, "zstd"),
+        "compression_level": levels,
+        "write_page_checksum": True,
+        "write_statistics": [name for name in schema.names if name in STATISTICS],
+    }
+
+
+class _Statistics:
+    def __init__(self, schema: pa.Schema) -> None:
+        self._least: dict[str, Any] = {}
+        self._greatest: dict[str, Any] = {}
+        self._nulls = {name: 0 for name in STATISTICS if name in schema.names}
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        for name in self._nulls:
+            column = batch[name]
+            self._nulls[name] += column.null_count
+            bounds = pc.min_max(column).as_py()
+            if bounds["min"] is not None:
+                self._least[name] = min(self._least.get(name, bounds["min"]), bounds["min"])
+                self._greatest[name] = max(self._greatest.get(name, bounds["max"]), bounds["max"])
+
+    def result(self, num_rows: int) -> dict[str, Any]:
+        return {
+            "numRecords": num_rows,
+            "minValues": self._least,
+            "maxValues": self._greatest,
+            "nullCount": self._nulls,
+        }
+
+
+def bytes_by_column(file: pq.ParquetFile) -> dict[str, int]:
+    """Compressed bytes of each top-level column of a shard."""
+    totals: dict[str, int] = {}
+    for group in range(file.metadata.num_row_groups):
+        for index in range(file.metadata.num_columns):
+            chunk = file.metadata.row_group(group).column(index)
+            name = chunk.path_in_schema.split(".")[0]
+            totals[name] = totals.get(name, 0) + chunk.total_compressed_size
+    return totals

@@ -1,0 +1,355 @@
+"""The table: a Delta log over shards, opened at a version, grown by exactly-once commits."""
+
+import json
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
+from deltalake.exceptions import DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
+from pydantic import ValidationError
+
+from softlabels.errors import (
+    BadInputError,
+    IntegrityError,
+    MismatchError,
+    StorageError,
+    TryAgainError,
+)
+from softlabels.fingerprint import sha256_lines
+from softlabels.lineage import Contents, RunLineage
+from softlabels.schema import FORMAT_VERSION
+from softlabels.storage import Root, open_root
+from softlabels.store import shards
+from softlabels.store.tags import Tag, read_tag
+
+FORMAT_PROPERTY = "softlabels.format_version"
+CONTENTS_PROPERTY = "softlabels.contents"
+COMMIT_KEY = "softlabels"
+COMMIT_ATTEMPTS = 30
+"""Lost races a commit survives; each waits up to 2 s, so a minute of contention."""
+
+_PROPERTIES = {
+    # History is what tags and lineage stand on: Delta must not clean it up by itself.
+    "delta.enableExpiredLogCleanup": "false",
+    "delta.logRetentionDuration": "interval 36500 days",
+    "delta.deletedFileRetentionDuration": "interval 36500 days",
+    "delta.checkpointInterval": "50",
+}
+_FILE_NAME = re.compile(
+    r"data/(?P<unit>[0-9a-f]{16}-\d{6})-[0-9a-f]{8}-(?P<sha256>[0-9a-f]{64})-(?P<footer>[0-9a-f]{64})\.parquet"
+)
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One data file of a table version; its name carries its checksums.
+
+    Attributes:
+        path: relative to the table's root.
+        size: bytes.
+        num_rows: rows, by the log.
+        bounds: least and greatest value of columns that have statistics.
+    """
+
+    path: str
+    size: int
+    num_rows: int
+    bounds: Mapping[str, tuple[Any, Any]]
+
+    @property
+    def unit(self) -> str:
+        """The unit it holds, "<first 16 digits of the run id>-<number>"."""
+        return self._named("unit")
+
+    @property
+    def sha256(self) -> str:
+        """Of the whole file."""
+        return self._named("sha256")
+
+    @property
+    def footer_sha256(self) -> str:
+        """Of its Parquet footer."""
+        return self._named("footer")
+
+    def _named(self, part: str) -> str:
+        match = _FILE_NAME.fullmatch(self.path)
+        if match is None:
+            raise IntegrityError(f"data file {self.path!r} was not written by softlabels")
+        return match[part]
+
+
+@dataclass(frozen=True)
+class UnitShard:
+    """A unit of a run, stored and ready to be committed.
+
+    Attributes:
+        key: Delta app id, "<run id>/<unit>"; each is committed once.
+        path: of its file below the root; None for a unit without rows.
+        size: bytes.
+        num_rows: rows.
+        statistics: as `Shard.statistics`.
+    """
+
+    key: str
+    path: str | None
+    size: int
+    num_rows: int
+    statistics: Mapping[str, Any]
+
+
+def parse_reference(reference: str) -> tuple[str, str | None]:
+    """A table reference split into its URI and what follows "@": "t@v1" gives ("t", "v1")."""
+    uri, at, mark = reference.rpartition("@")
+    if not at or "/" in mark:
+        return reference, None
+    if not uri or not mark:
+        raise BadInputError(f"table {reference!r}: expected TABLE, TABLE@tag or TABLE@version")
+    return uri, mark
+
+
+class Table:
+    """A soft-label table at one version. Opening reads the log, not the data."""
+
+    def __init__(self, root: Root, delta: DeltaTable) -> None:
+        self.root = root
+        self._delta = delta
+        properties = delta.metadata().configuration
+        shards.check_format_version(properties.get(FORMAT_PROPERTY), f"table {root.uri!r}")
+        try:
+            self.contents = Contents.model_validate_json(properties[CONTENTS_PROPERTY])
+        except (KeyError, ValidationError) as error:
+            raise IntegrityError(f"table {root.uri!r} has no readable contents record") from error
+
+    @classmethod
+    def open(cls, reference: str) -> Self:
+        """The table at `reference`: TABLE, TABLE@tag or TABLE@version.
+
+        Raises:
+            BadInputError: there is no such table, tag or version.
+            IntegrityError: its format is newer, or the tag's snapshot is not what was tagged.
+        """
+        uri, mark = parse_reference(reference)
+        root = open_root(uri)
+        tag: Tag | None = None
+        if mark is not None and not mark.isdigit():
+            tag = read_tag(root, mark)
+        version = tag.version if tag else int(mark) if mark else None
+        table = cls(root, _open_delta(root, version))
+        if tag and table.snapshot_digest != tag.snapshot_digest:
+            raise IntegrityError(
+                f"tag {mark!r} of {uri!r} was made for snapshot {tag.snapshot_digest!r}, "
+                f"version {tag.version} is now {table.snapshot_digest!r}"
+            )
+        return table
+
+    @classmethod
+    def open_or_create(cls, uri: str, schema: pa.Schema, contents: Contents) -> Self:
+        """The newest version at `uri`, made empty when there is none yet.
+
+        Raises:
+            MismatchError: a table is there with other contents or another schema.
+            StorageError: the place cannot be written.
+        """
+        root = open_root(uri)
+        try:
+            delta = _open_delta(root, None)
+        except BadInputError:
+            delta = _create_delta(root, schema, contents)
+        table = cls(root, delta)
+        contents.require_same(table.contents, "the run", f"table {uri!r}")
+        if not table.schema.equals(schema):
+            raise MismatchError(f"table {uri!r} has schema {table.schema}, the run makes {schema}")
+        return table
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Arrow schema of its rows."""
+        return pa.schema(self._delta.schema().to_arrow())
+
+    @property
+    def version(self) -> int:
+        """The Delta version this object shows."""
+        return int(self._delta.version())
+
+    @cached_property
+    def files(self) -> tuple[TableFile, ...]:
+        """Its data files, by path (units of a run in order)."""
+        actions = pa.table(self._delta.get_add_actions()).to_pylist()
+        return tuple(sorted((_table_file(action) for action in actions), key=lambda f: f.path))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows, by the log."""
+        return sum(file.num_rows for file in self.files)
+
+    @cached_property
+    def snapshot_digest(self) -> str:
+        """The sha256 of what this version holds: contents and the set of files."""
+        lines = [f"{file.path} {file.size} {file.num_rows}" for file in self.files]
+        return sha256_lines([*lines, self.contents.digest()])
+
+    def latest(self) -> Self:
+        """The same table at its newest version."""
+        return type(self)(self.root, _open_delta(self.root, None))
+
+    def committed(self, key: str) -> bool:
+        """Whether a unit's key is in the log up to this version."""
+        return self._delta.transaction_version(key) is not None
+
+    def history(self) -> list[dict[str, Any]]:
+        """Commits, newest first: version, timestamp (ms), operation, run (RunLineage or None)."""
+        commits = []
+        for entry in self._delta.history():
+            if int(entry["version"]) > self.version:
+                continue
+            text = entry.get(COMMIT_KEY)
+            commits.append(
+                {
+                    "version": int(entry["version"]),
+                    "timestamp": int(entry["timestamp"]),
+                    "operation": entry.get("operation", ""),
+                    "run": RunLineage.model_validate_json(text) if text else None,
+                }
+            )
+        return sorted(commits, key=lambda commit: -commit["version"])
+
+    def store_shard(self, key: str, unit: str, shard: shards.Shard) -> UnitShard:
+        """Stores a finished shard under a name of its own, ready to be committed."""
+        if not shard.num_rows:
+            return UnitShard(key, None, 0, 0, {})
+        attempt = uuid.uuid4().hex[:8]
+        path = f"data/{unit}-{attempt}-{shard.sha256}-{shard.footer_sha256}.parquet"
+        self.root.write(path, shard.data)
+        return UnitShard(key, path, len(shard.data), shard.num_rows, shard.statistics)
+
+    def commit(
+        self,
+        units: Sequence[UnitShard],
+        lineage: RunLineage,
+        guard: Callable[["Table"], None] = lambda _: None,
+    ) -> Self:
+        """Adds `units`, each exactly once whatever happened before; returns the version made.
+
+        The keys are looked for in the newest version and the commit goes out from that very
+        handle, so that a racing writer makes it fail rather than double a unit. After any error
+        the log is looked at again: a lost reply is then seen to have been a success.
+
+        Args:
+            units: those to add; any that are already in the log are passed over.
+            lineage: what the log says of this commit.
+            guard: called with the newest version before each attempt; raises to give up.
+
+        Raises:
+            TryAgainError: the race was lost too often, or storage does not answer.
+        """
+        error: Exception | None = None
+        for attempt in range(COMMIT_ATTEMPTS):
+            if attempt:
+                time.sleep(random.uniform(0, min(2.0, 0.02 * 2**attempt)))
+            newest = self.latest()
+            missing = [unit for unit in units if not newest.committed(unit.key)]
+            if not missing:
+                return newest
+            guard(newest)
+            try:
+                newest._commit_once(missing, lineage)
+            except (DeltaError, OSError) as caught:
+                error = caught
+        if all(self.latest().committed(unit.key) for unit in units):
+            return self.latest()
+        raise TryAgainError(
+            f"could not commit {len(units)} units to {self.root.uri!r} in {COMMIT_ATTEMPTS} "
+            f"attempts; nothing is lost, run the command again: {_one_line(error)}"
+        )
+
+    def batches(
+        self, columns: Sequence[str] | None = None, files: Sequence[TableFile] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows, one record batch a row group, files in order."""
+        for file in self.files if files is None else files:
+            opened = shards.open_shard(self.root.read(file.path), file.path)
+            for group in range(opened.num_row_groups):
+                yield shards.read_row_groups(opened, file.path, [group], columns)
+
+    def _commit_once(self, units: Sequence[UnitShard], lineage: RunLineage) -> None:
+        now = int(time.time() * 1000)
+        actions: list[AddAction | RemoveAction] = [
+            AddAction(
+                path=unit.path,
+                size=unit.size,
+                partition_values={},
+                modification_time=now,
+                data_change=True,
+                stats=json.dumps(unit.statistics),
+            )
+            for unit in units
+            if unit.path is not None
+        ]
+        self._delta.create_write_transaction(
+            actions,
+            "append",
+            self._delta.schema(),
+            commit_properties=CommitProperties(
+                custom_metadata={COMMIT_KEY: lineage.model_dump_json()},
+                max_commit_retries=0,
+                app_transactions=[Transaction(unit.key, 1) for unit in units],
+            ),
+            post_commithook_properties=PostCommitHookProperties(
+                create_checkpoint=True, cleanup_expired_logs=False
+            ),
+        )
+
+
+def _open_delta(root: Root, version: int | None) -> DeltaTable:
+    try:
+        return DeltaTable(root.uri, version=version)
+    except TableNotFoundError as error:
+        raise BadInputError(f"there is no table at {root.uri!r}") from error
+    except (DeltaError, OSError) as error:
+        if version is not None:
+            raise BadInputError(f"table {root.uri!r} has no version {version}") from error
+        raise StorageError(f"cannot open table {root.uri!r}: {_one_line(error)}") from error
+
+
+def _create_delta(root: Root, schema: pa.Schema, contents: Contents) -> DeltaTable:
+    properties = _PROPERTIES | {
+        FORMAT_PROPERTY: str(FORMAT_VERSION),
+        CONTENTS_PROPERTY: contents.model_dump_json(),
+    }
+    try:
+        return DeltaTable.create(
+            root.uri,
+            schema=schema,
+            name="softlabels",
+            configuration=properties,
+            raise_if_key_not_exists=False,
+        )
+    except (DeltaError, OSError) as error:
+        try:
+            return _open_delta(root, None)  # another worker made it first
+        except BadInputError:
+            raise StorageError(
+                f"cannot make a table at {root.uri!r}: {_one_line(error)}"
+            ) from error
+
+
+def _table_file(action: Mapping[str, Any]) -> TableFile:
+    least, greatest = action.get("min") or {}, action.get("max") or {}
+    bounds = {
+        name: (low, greatest[name])
+        for name, low in least.items()
+        if low is not None and greatest.get(name) is not None
+    }
+    return TableFile(action["path"], action["size_bytes"], action["num_records"], bounds)
+
+
+def _one_line(error: Exception | None) -> str:
+    return " ".join(str(error).split())

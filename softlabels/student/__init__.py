@@ -1,0 +1,1 @@
+"""Stream a plan and train on it; no teacher, no database."""

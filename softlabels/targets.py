@@ -1,0 +1,294 @@
+"""Soft targets in memory: what every layer hands to the next, and what must hold of them.
+
+B rows, P positions of a row, N = sum of P, k stored ids a position, m draws a position.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from softlabels.errors import DataError, IntegrityError
+from softlabels.schema import FLOATS, INTS, temper_columns
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+MASS_TOLERANCE = 1e-3
+"""How far head and tail mass may be from one after rounding (float16 keeps 11 bits)."""
+
+
+@dataclass(frozen=True)
+class Temper:
+    """What makes one extra temperature T exact.
+
+    Attributes:
+        shift: float32 [N], nats; logprob at T = logprob / T + shift.
+        tail: float32 [N], nats, log of the mass outside the top k at T.
+    """
+
+    shift: Floats
+    tail: Floats
+
+
+@dataclass(frozen=True)
+class SoftTargets:
+    """The teacher's distributions of B rows, flat by position.
+
+    Attributes:
+        num_positions: int32 [B].
+        ids: int32 [N, k], by falling probability; -1 pads last.
+        logprobs: float32 [N, k], nats, of the full softmax at temperature 1; -inf where padded.
+        tail: float32 [N], nats, log of the mass outside the top k, -inf when none; None: unknown.
+        draws: int32 [N, m], drawn from the tail, may repeat, -1 when the tail is empty.
+        entropy: float32 [N], nats, of the full distribution; None: unknown.
+        label_ids: int32 [N], hard label, -1 where none.
+        label_logprobs: float32 [N], nats, NaN where there is no label.
+        label_ranks: int32 [N], 0 for the likeliest class, -1 where there is no label.
+        temper: what is stored for each extra temperature.
+    """
+
+    num_positions: Ints
+    ids: Ints
+    logprobs: Floats
+    tail: Floats | None = None
+    draws: Ints | None = None
+    entropy: Floats | None = None
+    label_ids: Ints | None = None
+    label_logprobs: Floats | None = None
+    label_ranks: Ints | None = None
+    temper: Mapping[float, Temper] = field(default_factory=dict)
+
+    @property
+    def k(self) -> int:
+        """Stored ids a position."""
+        return int(self.ids.shape[1])
+
+    @property
+    def num_draws(self) -> int:
+        """Draws a position, 0 when none are stored."""
+        return 0 if self.draws is None else int(self.draws.shape[1])
+
+    def check(
+        self,
+        names: Sequence[str],
+        num_classes: int | None = None,
+        mass_tolerance: float = MASS_TOLERANCE,
+    ) -> None:
+        """Raises unless the invariants of stored targets hold.
+
+        Args:
+            names: B example ids, for messages.
+            num_classes: V, when known; ids must be below it.
+            mass_tolerance: how far head and tail mass together may be from 1.
+
+        Raises:
+            DataError: a shape, an id, an order or a mass is wrong; names the first bad example.
+        """
+        self._check_shapes(names)
+        used = self.ids >= 0
+        self._refuse(names, np.isnan(self.logprobs).any(1), "a NaN log-probability")
+        self._refuse(names, (self.logprobs > 0).any(1), "a log-probability above 0")
+        self._refuse(names, (used[:, 1:] & ~used[:, :-1]).any(1), "an id after padding")
+        self._refuse(names, np.isfinite(self.logprobs[~used]).any(), "padding with a probability")
+        with np.errstate(invalid="ignore"):
+            rising = np.diff(self.logprobs, axis=1) > 0
+        self._refuse(names, rising.any(1), "log-probabilities that rise; they must fall")
+        self._refuse(names, _repeated(self.ids), "an id twice in its top k")
+        if num_classes is not None:
+            self._refuse(names, (self.ids >= num_classes).any(1), f"an id not below {num_classes}")
+        if self.tail is not None:
+            mass = np.exp(self.logprobs.astype(np.float64)).sum(1) + np.exp(self.tail)
+            wrong = ~(np.abs(mass - 1) <= mass_tolerance)
+            self._refuse(names, wrong, "head and tail mass that do not sum to 1")
+        if self.draws is not None and self.num_draws:
+            inside = (self.draws[:, :, None] == self.ids[:, None, :]) & (self.draws >= 0)[
+                :, :, None
+            ]
+            self._refuse(names, inside.any((1, 2)), "a draw that is in its own top k")
+
+    def columns(self) -> dict[str, pa.Array]:
+        """The table columns of these targets, one entry a row, summaries included."""
+        counts = self.num_positions
+        out = {
+            "num_positions": pa.array(counts, pa.int32()),
+            "topk_ids": _nest(self.ids, counts, INTS),
+            "topk_logprobs": _nest(self.logprobs, counts, FLOATS),
+            "tail_logprob": _nest(self.tail, counts, FLOATS),
+            "sampled_ids": _nest(self.draws, counts, INTS),
+            "position_entropy": _nest(self.entropy, counts, FLOATS),
+            "label_ids": _nest(self.label_ids, counts, INTS),
+            "label_logprobs": _nest(self.label_logprobs, counts, FLOATS),
+            "label_ranks": _nest(self.label_ranks, counts, INTS),
+        }
+        for temperature, temper in self.temper.items():
+            shift, tail = temper_columns(temperature)
+            out[shift] = _nest(temper.shift, counts, FLOATS)
+            out[tail] = _nest(temper.tail, counts, FLOATS)
+        return out | self._summaries()
+
+    @classmethod
+    def from_columns(
+        cls,
+        columns: Mapping[str, pa.Array],
+        k: int,
+        draws: int = 0,
+        temperatures: Sequence[float] = (),
+    ) -> Self:
+        """Targets of the rows in `columns`, without a copy where Arrow's layout allows.
+
+        Args:
+            columns: table columns by name (Array, not ChunkedArray); absent or null ones are
+                unknown, except topk_ids, topk_logprobs and num_positions.
+            k: ids a position, from lineage.
+            draws: m, from lineage.
+            temperatures: the extra ones to take.
+
+        Raises:
+            IntegrityError: a list is not as long as its row's positions times k (or m).
+        """
+        counts = to_numpy(columns["num_positions"], np.int32)
+
+        def flat(name: str, kind: type[np.generic], width: int | None = None) -> Any:
+            values = columns.get(name)
+            if values is None or values.null_count == len(values):
+                return None
+            return _flatten(name, values, counts, kind, width)
+
+        temper = {}
+        for temperature in temperatures:
+            shift, tail = (flat(name, np.float32) for name in temper_columns(temperature))
+            temper[temperature] = Temper(shift, tail)
+        empty: Any = (
+            np.zeros((int(counts.sum()), 0), np.int32),
+            np.zeros((int(counts.sum()), 0), np.float32),
+        )
+        return cls(
+            num_positions=counts,
+            ids=flat("topk_ids", np.int32, k) if k else empty[0],
+            logprobs=flat("topk_logprobs", np.float32, k) if k else empty[1],
+            tail=flat("tail_logprob", np.float32),
+            draws=flat("sampled_ids", np.int32, draws) if draws else None,
+            entropy=flat("position_entropy", np.float32),
+            label_ids=flat("label_ids", np.int32),
+            label_logprobs=flat("label_logprobs", np.float32),
+            label_ranks=flat("label_ranks", np.int32),
+            temper=temper,
+        )
+
+    def map_positions(self, index: npt.NDArray[Any], num_positions: Ints) -> Self:
+        """The positions `index` (integers or a mask over N), as rows of `num_positions`."""
+
+        def pick(value: Any) -> Any:
+            if isinstance(value, np.ndarray):
+                return value[index]
+            if isinstance(value, Mapping):
+                return {t: Temper(v.shift[index], v.tail[index]) for t, v in value.items()}
+            return value
+
+        values = {f.name: pick(getattr(self, f.name)) for f in fields(self)}
+        return type(self)(**(values | {"num_positions": num_positions}))
+
+    def take(self, rows: npt.NDArray[np.integer[Any]]) -> Self:
+        """The rows `rows`, in that order; a row may come twice."""
+        counts = self.num_positions[rows]
+        if len(self.num_positions) == len(self.ids) and bool((self.num_positions == 1).all()):
+            return self.map_positions(rows, counts)
+        starts = np.cumsum(self.num_positions) - self.num_positions
+        ends = np.cumsum(counts)
+        within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
+        return self.map_positions(np.repeat(starts[rows], counts) + within, counts)
+
+    def _summaries(self) -> dict[str, pa.Array]:
+        counts = self.num_positions
+        probs = np.exp(self.logprobs)
+        top1 = probs[:, 0] if self.k else np.full(len(probs), np.nan, np.float32)
+        second = probs[:, 1] if self.k > 1 else np.full(len(probs), np.nan, np.float32)
+        single = bool((counts == 1).all())
+        return {
+            "entropy": _mean(self.entropy, counts),
+            "top1_prob": _mean(top1, counts),
+            "margin": _mean(top1 - second, counts),
+            "label": _scalar(self.label_ids, single, len(counts)),
+            "top1_id": _scalar(self.ids[:, 0] if self.k else None, single, len(counts)),
+        }
+
+    def _check_shapes(self, names: Sequence[str]) -> None:
+        total = int(self.num_positions.sum())
+        if len(names) != len(self.num_positions):
+            raise DataError(f"{len(names)} example ids for {len(self.num_positions)} rows")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, np.ndarray) and f.name != "num_positions" and len(value) != total:
+                raise DataError(f"{f.name} has {len(value)} positions, num_positions say {total}")
+        if self.logprobs.shape != self.ids.shape:
+            raise DataError(f"ids have shape {self.ids.shape}, logprobs {self.logprobs.shape}")
+
+    def _refuse(
+        self, names: Sequence[str], bad: npt.NDArray[np.bool_] | np.bool_, what: str
+    ) -> None:
+        if not bad.any():
+            return
+        if bad.ndim == 0:
+            raise DataError(f"soft targets have {what}")
+        position = int(np.argmax(bad))
+        row = int(np.searchsorted(np.cumsum(self.num_positions), position, side="right"))
+        raise DataError(f"example {names[row]!r} has {what}")
+
+
+def to_numpy(array: pa.Array, kind: type[np.generic]) -> Any:
+    """The values of a primitive Arrow array without nulls, without a copy.
+
+    `Array.to_numpy` would import pandas where it is installed.
+    """
+    buffer = array.buffers()[1]
+    if buffer is None or not len(array):
+        return np.zeros(0, kind)
+    return np.frombuffer(
+        buffer, kind, count=len(array), offset=array.offset * np.dtype(kind).itemsize
+    )
+
+
+def _flatten(
+    name: str, values: pa.Array, counts: Ints, kind: type[np.generic], width: int | None
+) -> Any:
+    lengths = np.diff(to_numpy(values.offsets, np.int32))
+    if values.null_count or not np.array_equal(lengths, counts * (1 if width is None else width)):
+        per = "1" if width is None else str(width)
+        raise IntegrityError(f"column {name!r}: a row does not hold num_positions x {per} values")
+    flat = to_numpy(values.flatten(), kind)
+    return flat if width is None else flat.reshape(-1, width)
+
+
+def _nest(values: npt.NDArray[Any] | None, counts: Ints, kind: pa.DataType) -> pa.Array:
+    if values is None:
+        return pa.nulls(len(counts), kind)
+    width = values.shape[1] if values.ndim == 2 else 1
+    offsets = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts * width, out=offsets[1:])
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1), kind.value_type)
+    return pa.ListArray.from_arrays(pa.array(offsets), flat, type=kind)
+
+
+def _mean(values: npt.NDArray[Any] | None, counts: Ints) -> pa.Array:
+    if values is None or not len(counts):
+        return pa.nulls(len(counts), pa.float32())
+    sums = np.zeros(len(counts), np.float64)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    np.add.at(sums, rows, values)
+    means = (sums / np.maximum(counts, 1)).astype(np.float32)
+    return pa.array(means, mask=(counts == 0) | ~np.isfinite(means))
+
+
+def _scalar(values: npt.NDArray[Any] | None, single: bool, rows: int) -> pa.Array:
+    if values is None or not single:
+        return pa.nulls(rows, pa.int32())
+    return pa.array(np.ascontiguousarray(values), pa.int32(), mask=values < 0)
+
+
+def _repeated(ids: Ints) -> npt.NDArray[np.bool_]:
+    ordered = np.sort(ids, axis=1)
+    return np.asarray(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1))

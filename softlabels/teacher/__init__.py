@@ -1,0 +1,1 @@
+"""Run a teacher once and write what it says."""
