@@ -102,7 +102,7 @@ def distillation_loss(
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     labels: Int[Tensor, " N"] | None = None,
-    weights: Float[Tensor, "*#N"] | None = None,
+    weights: Float[Tensor, "#N"] | Float[Tensor, ""] | None = None,
     normalizer: float | Float[Tensor, ""] | None = None,
     validate: bool = True,
 ) -> DistillationLoss:
@@ -190,8 +190,10 @@ def normalize_outside_(z: Tensor, rows: Rows, labels: Tensor) -> LogProbs:
     sums = None if rows.uniform is None else z.sum(1) - (head * rows.stored).sum(1)
     head = head.masked_fill(~rows.stored, -torch.inf)
     # Not -inf: a row with nothing outside S must not become NaN. Adding leaves pads alone.
-    z.scatter_add_(1, rows.ids, rows.stored * (torch.finfo(z.dtype).min / 2))
+    lowest = torch.finfo(z.dtype).min / 2
+    z.scatter_add_(1, rows.ids, rows.stored * lowest)
     top = z.amax(1, keepdim=True)
+    top = top.masked_fill(top <= lowest, -torch.inf)
     torch.softmax(z, 1, out=z)
     # t at the largest logit is 1 / sum exp(z - top).
     log_sum = -z.amax(1, keepdim=True).log()
@@ -217,17 +219,17 @@ def _outside(z: Tensor, rows: Rows) -> Tensor:
 
 def cross_entropy(rows: Rows, log_q: LogProbs) -> Tensor:
     """Float [C], nats: the cross-entropy of each target with the student."""
-    total = _minus_dot(rows.probs, log_q.head) + _minus_dot(rows.extra_probs, log_q.extra)
+    total = _dot(rows.probs, log_q.head) + _dot(rows.extra_probs, log_q.extra)
     if rows.spread is not None:
-        total += _minus_dot(rows.spread.unsqueeze(1), log_q.tail.unsqueeze(1))
+        total += _dot(rows.spread.unsqueeze(1), log_q.tail.unsqueeze(1))
     if rows.uniform is not None and log_q.tail_mean is not None:
-        total += _minus_dot(rows.uniform.unsqueeze(1), log_q.tail_mean.unsqueeze(1))
-    return total
+        total += _dot(rows.uniform.unsqueeze(1), log_q.tail_mean.unsqueeze(1))
+    return -total
 
 
-def _minus_dot(p: Tensor, log_q: Tensor) -> Tensor:
-    """-sum p log q over the last axis, where p = 0 counts 0 whatever log q is."""
-    return -(p * log_q).masked_fill(p == 0, 0).sum(-1)
+def _dot(p: Tensor, x: Tensor) -> Tensor:
+    """Sum of p x over the last axis, where p = 0 counts 0 even if x is infinite."""
+    return (p * x).masked_fill(p == 0, 0).sum(-1)
 
 
 def gradient_(
@@ -276,30 +278,36 @@ def _evaluate(
     the same arithmetic with nothing stored.
     """
     z = logits.to(share.dtype, copy=True)
-    at = torch.zeros_like(rows.ids[:, :0].sum(1)) if labels is None else labels.clamp(min=0).long()
-    has_label = torch.zeros_like(at, dtype=torch.bool) if labels is None else labels >= 0
+    if temperature != 1:
+        z.div_(temperature)
+    has_label = torch.zeros_like(rows.entropy, dtype=torch.bool) if labels is None else labels >= 0
+    at = torch.zeros_like(has_label, dtype=torch.long)
+    if labels is not None:
+        at = labels.clamp(min=0).long()
     soft, hard = share * kd_weight * temperature, share * (1 - kd_weight) * has_label
-    log_q = normalize_outside_(z.div_(temperature), rows, at)
+    log_q = normalize_outside_(z, rows, at)
     kl = cross_entropy(rows, log_q) - rows.entropy
-    log_label, apart = log_q.label, temperature != 1 and labels is not None
-    if apart:
-        other, bare = logits.to(share.dtype, copy=True), _nothing_stored(rows)
-        log_bare = normalize_outside_(other, bare, at)
-        log_label = log_bare.label
+    log_label, with_soft, apart = log_q.label, hard, None
+    if temperature != 1 and labels is not None:
+        log_label, apart = _hard_alone(logits, rows, at, hard)
+        with_soft = torch.zeros_like(hard)
     ce = (-log_label).masked_fill(~has_label, 0)
     if with_gradient:
-        gradient_(z, rows, log_q, at, soft, torch.zeros_like(hard) if apart else hard)
-        if apart:
-            gradient_(other, bare, log_bare, at, torch.zeros_like(soft), hard)
-            z += other
-    value = _minus_dot(soft * temperature, -kl) + _minus_dot(hard, -ce)
+        gradient_(z, rows, log_q, at, soft, with_soft)
+        if apart is not None:
+            z += apart
+    value = _dot(soft * temperature, kl) + _dot(hard, ce)
     return value, kl, None if labels is None else ce, z if with_gradient else None
 
 
-def _nothing_stored(rows: Rows) -> Rows:
-    """The same number of rows with no target at all."""
+def _hard_alone(logits: Tensor, rows: Rows, labels: Tensor, hard: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each label at T = 1, and `hard` times the gradient of its negative."""
+    z = logits.to(hard.dtype, copy=True)
     ids, probs = rows.ids[:, :0], rows.probs[:, :0]
-    return Rows(ids, rows.stored[:, :0], probs, ids, probs, None, None, rows.entropy)
+    nothing = Rows(ids, rows.stored[:, :0], probs, ids, probs, None, None, rows.entropy)
+    log_q = normalize_outside_(z, nothing, labels)
+    gradient_(z, nothing, log_q, labels, torch.zeros_like(hard), hard)
+    return log_q.label, z
 
 
 class _GradientInForward(torch.autograd.Function):

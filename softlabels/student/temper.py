@@ -178,11 +178,10 @@ def _entropy(probs: Tensor) -> Tensor:
 def _on_label(rows: Rows, r: Tensor, labels: Tensor) -> Rows:
     at = labels.clamp(min=0).long().unsqueeze(1)
     in_head = (rows.ids == at) & rows.stored
-    alone = r.masked_fill(in_head.any(1), 0).unsqueeze(1)
-    merged = rows.probs + in_head * r.unsqueeze(1)
-    return rows._replace(
-        extra_ids=at, extra_probs=r.unsqueeze(1), entropy=_entropy(merged) + _entropy(alone)
-    )
+    mass = (r * (labels >= 0)).unsqueeze(1)
+    alone = mass.masked_fill(in_head.any(1, keepdim=True), 0)
+    entropy = _entropy(rows.probs + in_head * mass) + _entropy(alone)
+    return rows._replace(extra_ids=at, extra_probs=mass, entropy=entropy)
 
 
 def _on_draws(rows: Rows, r: Tensor, draws: Tensor) -> Rows:
