@@ -37,6 +37,6 @@ def sha256_lines(lines: Iterable[str]) -> str:
 
 
 def key64(*parts: object) -> int:
-    """A 64-bit key of `parts`: 2 in 10^7 sets of a million keys hold a collision."""
+    """A 64-bit key of `parts`: a million keys hold a collision with odds of 3 in 10^8."""
     text = "\0".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

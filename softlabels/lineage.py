@@ -59,6 +59,8 @@ class Contents(_Frozen):
         temperatures: the extra ones that are stored exactly.
         profile: the value profile.
         carried: columns copied from the source.
+        example_ids: whether example_id came from a source column or is the content's sha256;
+            a table that mixed them would hold examples twice.
         seed: of the draws.
     """
 
@@ -74,6 +76,7 @@ class Contents(_Frozen):
     temperatures: tuple[float, ...] = ()
     profile: Literal["compact", "precise"]
     carried: tuple[str, ...] = ()
+    example_ids: Literal["column", "content"] = "column"
     seed: int = 0
 
     def digest(self) -> str:

@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 from urllib.parse import urlsplit
 
 import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from softlabels.errors import BadInputError, IntegrityError, StorageError
@@ -80,6 +81,17 @@ class Root:
         """The bytes of a file."""
         with storage_errors("read", posixpath.join(self.uri, relative)):
             return cast(bytes, self.fs.cat_file(self.full(relative)))
+
+    def buffer(self, relative: str) -> pa.Buffer:
+        """The bytes of a file for Arrow: memory-mapped where it is local, else read whole.
+
+        Engines get bytes, never a Python file object: those have crashed interpreters at exit.
+        """
+        if not self.is_local:
+            return pa.py_buffer(self.read(relative))
+        with storage_errors("read", posixpath.join(self.uri, relative)):
+            with pa.memory_map(self.full(relative)) as file:
+                return file.read_buffer()
 
     def open(self, relative: str) -> IO[bytes]:
         """A file opened for reading."""

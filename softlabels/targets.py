@@ -20,6 +20,14 @@ Floats = npt.NDArray[np.float32]
 MASS_TOLERANCE = 1e-3
 """How far head and tail mass may be from one after rounding (float16 keeps 11 bits)."""
 
+_UNKNOWN = {
+    "tail": np.nan,
+    "entropy": np.nan,
+    "label_ids": -1,
+    "label_logprobs": np.nan,
+    "label_ranks": -1,
+}
+
 
 @dataclass(frozen=True)
 class Temper:
@@ -179,8 +187,8 @@ class SoftTargets:
             temper=temper,
         )
 
-    def map_positions(self, index: npt.NDArray[Any], num_positions: Ints) -> Self:
-        """The positions `index` (integers or a mask over N), as rows of `num_positions`."""
+    def map_positions(self, index: npt.NDArray[Any] | slice, num_positions: Ints) -> Self:
+        """The positions `index` (integers, a mask over N, a slice), as rows of `num_positions`."""
 
         def pick(value: Any) -> Any:
             if isinstance(value, np.ndarray):
@@ -201,6 +209,40 @@ class SoftTargets:
         ends = np.cumsum(counts)
         within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - counts, counts)
         return self.map_positions(np.repeat(starts[rows], counts) + within, counts)
+
+    def slice(self, start: int, stop: int) -> Self:
+        """The rows [start, stop), without a copy."""
+        counts = self.num_positions[start:stop]
+        first = int(self.num_positions[:start].sum())
+        return self.map_positions(slice(first, first + int(counts.sum())), counts)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Self]) -> Self:
+        """The rows of all parts, one part after the other; a single part is itself.
+
+        What only some parts know is filled in where it is unknown: labels and ranks with -1, the
+        rest with NaN, which no loss lets pass.
+
+        Raises:
+            DataError: there is no part, or k, draws or temperatures differ.
+        """
+        shapes = [(part.k, part.num_draws, tuple(sorted(part.temper))) for part in parts]
+        if len(set(shapes)) != 1:
+            found = ", ".join(repr(shape) for shape in sorted(set(shapes))) or "no part"
+            raise DataError(
+                f"cannot join soft targets: expected one (k, draws, temperatures), found {found}"
+            )
+        if len(parts) == 1:
+            return parts[0]
+        names = [f.name for f in fields(cls) if f.name != "temper"]
+        temper = {
+            t: Temper(
+                np.concatenate([part.temper[t].shift for part in parts]),
+                np.concatenate([part.temper[t].tail for part in parts]),
+            )
+            for t in parts[0].temper
+        }
+        return cls(**{name: _joined(name, parts) for name in names}, temper=temper)
 
     def _summaries(self) -> dict[str, pa.Array]:
         counts = self.num_positions
@@ -250,6 +292,20 @@ def to_numpy(array: pa.Array, kind: type[np.generic]) -> Any:
     return np.frombuffer(
         buffer, kind, count=len(array), offset=array.offset * np.dtype(kind).itemsize
     )
+
+
+def _joined(name: str, parts: Sequence[SoftTargets]) -> Any:
+    values = [getattr(part, name) for part in parts]
+    known = [value for value in values if value is not None]
+    if len(known) == len(values):
+        return np.concatenate(values)
+    if not known or name not in _UNKNOWN:
+        return None
+    filled = [
+        np.full(len(part.ids), _UNKNOWN[name], known[0].dtype) if value is None else value
+        for part, value in zip(parts, values, strict=True)
+    ]
+    return np.concatenate(filled)
 
 
 def _flatten(

@@ -151,11 +151,6 @@ class ShardWriter:
             statistics=self._statistics.result(self.num_rows),
         )
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the row groups closed so far."""
-        return int(self._sink.tell())
-
     def _flush(self) -> None:
         if self._waiting:
             table = pa.Table.from_batches(self._waiting, self._schema)

@@ -1,0 +1,138 @@
+"""YAML files into validated settings: one strict reader for specs, recipes and runs."""
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from softlabels.errors import BadInputError, StorageError
+
+MAX_BYTES = 4 << 20
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_spec(
+    path: str | os.PathLike[str], model: type[Model], changes: Sequence[str] = ()
+) -> Model:
+    """The settings in a YAML file, validated.
+
+    Args:
+        path: a local YAML file.
+        model: what it must fit.
+        changes: "dotted.key=value" texts that win over the file; values are YAML.
+
+    Raises:
+        BadInputError: the file is no YAML mapping, a key is unknown or double, a value is wrong.
+    """
+    data = read_yaml(path)
+    for change in changes:
+        _apply(data, change)
+    return validate(model, data, str(path))
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a YAML file: plain types only, no double keys, no aliases."""
+    file = Path(path)
+    if not file.is_file():
+        raise BadInputError(f"there is no file {str(path)!r}")
+    if file.stat().st_size > MAX_BYTES:
+        raise BadInputError(f"{str(path)!r} is larger than {MAX_BYTES} bytes: that is no spec")
+    try:
+        value = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise StorageError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise BadInputError(f"{str(path)!r} is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise BadInputError(f"{str(path)!r}: expected a mapping of settings, found {value!r:.80}")
+    return value
+
+
+def validate(model: type[Model], data: Any, where: str) -> Model:
+    """`data` as `model`; the first thing wrong becomes a one-line BadInputError."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        # An unknown key first: a misspelt one also shows as a missing one.
+        problems = sorted(
+            error.errors(include_url=False), key=lambda found: found["type"] != "extra_forbidden"
+        )
+        text = _describe(problems[0], model)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise BadInputError(f"{where}: {text}{more}") from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        # A few nested aliases expand to gigabytes; no spec needs them.
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float):
+                raise yaml.YAMLError(f"key {key!r} is not a name")
+            if key in seen:
+                raise yaml.YAMLError(f"key {key!r} is there twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _apply(data: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise BadInputError(f"change {change!r}: expected key=value, such as loss.kd_weight=0")
+    for part in parts[:-1]:
+        inner = data.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise BadInputError(f"change {change!r}: {part!r} holds {inner!r}, not settings")
+        data = inner
+    try:
+        data[parts[-1]] = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise BadInputError(f"change {change!r}: {_one_line(error)}") from error
+
+
+def _describe(problem: Any, model: type[BaseModel]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _names_at(model, location[:-1]), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"unknown key {key!r}{hint}"
+    if problem["type"] == "missing":
+        return f"key {key!r} is missing"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{key}: {message}, found {problem['input']!r:.80}" if key else message
+
+
+def _names_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    for part in location:
+        if part in model.model_fields:
+            inner = _model_in(model.model_fields[part].annotation)
+            if inner is None:
+                return []
+            model = inner
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        if (found := _model_in(argument)) is not None:
+            return found
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,158 @@
+"""Teachers: what turns source columns into logits."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from softlabels.errors import BadInputError, DataError, MismatchError
+from softlabels.fingerprint import sha256_json, sha256_stream
+from softlabels.imports import load_object, source_sha256
+from softlabels.lineage import TeacherLineage
+from softlabels.teacher.spec import CaptureSpec
+
+
+class TorchTeacher:
+    """A torch module in evaluation mode with the decode function that feeds it."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        decode: Callable[[Mapping[str, pa.Array]], Any],
+        num_classes: int,
+        device: torch.device,
+        lineage: TeacherLineage,
+    ) -> None:
+        self.lineage = lineage
+        self.num_classes = num_classes
+        self.device = device
+        self._module = module.to(device).eval()
+        self._decode = decode
+
+    @torch.inference_mode()
+    def logits(self, columns: Mapping[str, pa.Array], names: list[str]) -> Tensor:
+        """Logits of rows, float [B, V] on the teacher's device.
+
+        Args:
+            columns: the source columns of B rows.
+            names: their example ids, for messages.
+
+        Raises:
+            MismatchError: the module gives another shape than [B, num_classes].
+            DataError: decode fails, or a logit is NaN or +inf; names the example.
+        """
+        try:
+            inputs = self._decode(columns)
+        except ValueError as error:
+            raise DataError(
+                f"decode failed in rows {names[0]!r} to {names[-1]!r}: {error}"
+            ) from error
+        logits = self._module(inputs.to(self.device))
+        expected = (len(names), self.num_classes)
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise MismatchError(
+                f"the teacher gave {found}, expected logits of shape {expected}: "
+                f"the spec says {self.num_classes} classes"
+            )
+        bad = logits.isnan().any(1) | (logits == torch.inf).any(1) | (logits == -torch.inf).all(1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise DataError(f"the teacher's logits for example {names[row]!r} are NaN or infinite")
+        return logits
+
+
+def load_teacher(spec: CaptureSpec) -> TorchTeacher:
+    """The teacher that a spec names, its weights loaded and fingerprinted.
+
+    Raises:
+        BadInputError: an import path, an argument, the weights file or the device is wrong.
+        MismatchError: the weights do not fit the module.
+    """
+    torch.manual_seed(0)  # a module that starts from random weights must not differ by run
+    module_class = load_object(spec.teacher.module)
+    decode = load_object(spec.source.decode)
+    try:
+        module = module_class(**spec.teacher.arguments)
+    except TypeError as error:
+        raise BadInputError(
+            f"teacher.arguments do not fit {spec.teacher.module!r}: {error}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise BadInputError(
+            f"{spec.teacher.module!r} is no torch.nn.Module: {type(module).__name__}"
+        )
+    if spec.teacher.weights is not None:
+        load_weights(module, spec.teacher.weights)
+    lineage = TeacherLineage(
+        name=spec.teacher.name,
+        revision=spec.teacher.revision,
+        kind="torch",
+        code=spec.teacher.module,
+        code_sha256=source_sha256(module_class),
+        arguments=spec.teacher.arguments,
+        weights_sha256=_weights_sha256(module, spec.teacher.weights),
+        decode=spec.source.decode,
+        decode_sha256=source_sha256(decode),
+    )
+    device = pick_device(spec.device)
+    return TorchTeacher(module, decode, spec.teacher.num_classes, device, lineage)
+
+
+def load_weights(module: nn.Module, path: str) -> None:
+    """Loads a safetensors file into a module, every tensor of both accounted for."""
+    if not Path(path).is_file():
+        raise BadInputError(f"there is no weights file {path!r}")
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise BadInputError(f"{path!r} is not a whole safetensors file: {error}") from error
+    wanted = module.state_dict()
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or extra:
+        raise MismatchError(
+            f"weights {path!r} do not fit the module: missing {missing[:5]}, unknown {extra[:5]}"
+        )
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name].shape:
+            raise MismatchError(
+                f"weights {path!r} do not fit the module: {name!r} has shape "
+                f"{tuple(tensor.shape)}, the module wants {tuple(wanted[name].shape)}"
+            )
+    module.load_state_dict(found)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA or MPS where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInputError(
+            f"device {name!r} is not to be had here: {_first_line(error)}"
+        ) from error
+    return device
+
+
+def _weights_sha256(module: nn.Module, path: str | None) -> str:
+    if path is not None:
+        with open(path, "rb") as stream:
+            return sha256_stream(stream)
+    tensors = {
+        name: [str(value.dtype), list(value.shape), value.flatten().double().tolist()]
+        for name, value in module.state_dict().items()
+    }
+    return sha256_json(tensors)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

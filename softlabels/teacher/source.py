@@ -1,0 +1,134 @@
+"""The source: Parquet files pinned by content, read as one long row order."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from softlabels.errors import BadInputError, DataError
+from softlabels.fingerprint import sha256_json, sha256_stream
+from softlabels.storage import Root, find_files
+
+READ_ROWS = 4_096
+"""Rows of a source decoded at once: what bounds memory beside the teacher's own batch."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One Parquet file: path below the source's root, sha256, rows."""
+
+    path: str
+    sha256: str
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """All files that a pattern matched, in order of path. Rows are numbered through them.
+
+    Attributes:
+        root: the folder above the pattern's first wildcard.
+        files: in order.
+        schema: Arrow schema, the same in every file.
+    """
+
+    root: Root
+    files: tuple[SourceFile, ...]
+    schema: pa.Schema
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files."""
+        return sum(file.num_rows for file in self.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The sha256 of the files' contents in order; where they are does not matter."""
+        return sha256_json([file.sha256 for file in self.files])
+
+    def batches(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """The rows `start` to `stop`, in order, at most READ_ROWS at a time."""
+        first = 0
+        for file in self.files:
+            low, high = max(start - first, 0), min(stop - first, file.num_rows)
+            if low < high:
+                yield from _read(self.root, file.path, low, high, columns)
+            first += file.num_rows
+
+    def locate(self, row: int) -> str:
+        """A row's file and number in it, for messages."""
+        for file in self.files:
+            if row < file.num_rows:
+                return f"row {row} of {file.path!r}"
+            row -= file.num_rows
+        raise IndexError(row)
+
+
+def open_source(pattern: str, columns: Sequence[str]) -> Source:
+    """The files that `pattern` matches, hashed.
+
+    Args:
+        pattern: path or fsspec URL, wildcards allowed.
+        columns: those that must be there.
+
+    Raises:
+        BadInputError: nothing matches, a column is missing, or two files differ in schema.
+        DataError: a file is not Parquet.
+    """
+    root, paths = find_files(pattern)
+    files, schema = [], None
+    for path in paths:
+        with root.open(path) as stream:
+            digest = sha256_stream(stream)
+        parquet = _open(root, path)
+        found = parquet.schema_arrow.remove_metadata()
+        schema = schema or found
+        _require_columns(found, schema, columns, path, paths[0])
+        files.append(SourceFile(path, digest, parquet.metadata.num_rows))
+    assert schema is not None  # find_files raises when nothing matches
+    return Source(root, tuple(files), schema)
+
+
+def _require_columns(
+    found: pa.Schema, schema: pa.Schema, columns: Sequence[str], path: str, first: str
+) -> None:
+    for name in columns:
+        if found.get_field_index(name) < 0:
+            raise BadInputError(
+                f"source file {path!r} has no column {name!r} (columns: {', '.join(found.names)})"
+            )
+        if found.field(name).type != schema.field(name).type:
+            raise BadInputError(
+                f"column {name!r} is {found.field(name).type} in {path!r}, "
+                f"{schema.field(name).type} in {first!r}"
+            )
+
+
+def _open(root: Root, path: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(pa.BufferReader(root.buffer(path)))
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"source file {path!r} is not a whole Parquet file: {reason}") from error
+
+
+def _read(
+    root: Root, path: str, low: int, high: int, columns: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    parquet = _open(root, path)
+    counts = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
+    ends = np.cumsum(counts)
+    groups = [g for g, end in enumerate(ends) if end > low and end - counts[g] < high]
+    row = int(ends[groups[0]] - counts[groups[0]])
+    try:
+        for batch in parquet.iter_batches(READ_ROWS, row_groups=groups, columns=list(columns)):
+            begin, end = max(low - row, 0), min(high - row, batch.num_rows)
+            row += batch.num_rows
+            if begin < end:
+                yield batch.slice(begin, end - begin).select(list(columns))
+    except (pa.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"source file {path!r} is damaged: {reason}") from error

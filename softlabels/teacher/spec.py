@@ -1,0 +1,120 @@
+"""The capture spec: which teacher labels which data, and what is kept."""
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+ROWS_PER_SHARD = 50_000
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TeacherSpec(_Settings):
+    """A torch module that gives logits.
+
+    Attributes:
+        name: what people call it.
+        revision: your own mark of its state.
+        module: import path of a `torch.nn.Module` class, "package.module:Class" or "file.py:Class".
+        arguments: its constructor arguments.
+        weights: safetensors file; none when the module brings its own.
+        classes: class names in order of id, or just how many there are.
+    """
+
+    name: str
+    revision: str = ""
+    module: str
+    arguments: dict[str, Any] = {}
+    weights: str | None = None
+    classes: tuple[str, ...] | Annotated[int, Field(ge=2)]
+
+    @field_validator("classes")
+    @classmethod
+    def _distinct(cls, classes: tuple[str, ...] | int) -> tuple[str, ...] | int:
+        if isinstance(classes, tuple) and (len(classes) < 2 or len(set(classes)) < len(classes)):
+            raise ValueError("expected at least two different class names")
+        return classes
+
+    @property
+    def num_classes(self) -> int:
+        """V."""
+        return self.classes if isinstance(self.classes, int) else len(self.classes)
+
+
+class SourceSpec(_Settings):
+    """Parquet files and which of their columns mean what.
+
+    Attributes:
+        files: path or fsspec URL of Parquet files, wildcards allowed.
+        columns: those that the teacher reads.
+        decode: import path of `decode(columns: Mapping[str, pyarrow.Array])`, which gives the
+            module's input: a tensor [B, ...].
+        example_id: column with a stable key; none: the sha256 of the columns' content.
+        label: column with the hard label, a class id or a class name; none: no labels.
+    """
+
+    files: str
+    columns: Annotated[tuple[str, ...], Field(min_length=1)]
+    decode: str
+    example_id: str | None = None
+    label: str | None = None
+
+
+class CaptureSpec(_Settings):
+    """One pass of a teacher over a source, into a table.
+
+    Attributes:
+        table: where the labels go.
+        teacher: who labels.
+        source: what is labelled.
+        carry: source columns copied into the table, so that a student needs nothing else.
+        k: ids stored an example, at most the number of classes.
+        temperatures: extra temperatures stored exactly; 1 always is.
+        draws: m, ids drawn from outside the top k.
+        draws_temperature: the temperature at which they are drawn; 1 or one of `temperatures`.
+        profile: how values are rounded.
+        seed: of the draws.
+        shard_rows: source rows a shard; decides the units of the run.
+        batch_size: rows the teacher sees at once.
+        device: auto, cpu, cuda, cuda:0, mps.
+    """
+
+    table: str
+    teacher: TeacherSpec
+    source: SourceSpec
+    carry: tuple[str, ...] = ()
+    k: Annotated[int, Field(ge=0)] = 10
+    temperatures: tuple[float, ...] = ()
+    draws: Annotated[int, Field(ge=0, le=4096)] = 0
+    draws_temperature: float = 1.0
+    profile: Literal["compact", "precise"] = "precise"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    shard_rows: Annotated[int, Field(ge=1, le=10_000_000)] = ROWS_PER_SHARD
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    device: str = "auto"
+
+    @field_validator("temperatures")
+    @classmethod
+    def _usable(cls, temperatures: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not math.isfinite(t) or t <= 0 or t == 1 for t in temperatures):
+            raise ValueError("expected temperatures above 0, without 1, which is always stored")
+        if len({f"{t:g}" for t in temperatures}) < len(temperatures):
+            raise ValueError("expected different temperatures")
+        return tuple(sorted(temperatures))
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.k > self.teacher.num_classes:
+            raise ValueError(f"k is {self.k}, the teacher has {self.teacher.num_classes} classes")
+        if self.k == 0 and self.draws == 0:
+            raise ValueError("k and draws are both 0: nothing would be stored")
+        if self.draws_temperature not in (1.0, *self.temperatures):
+            raise ValueError(
+                f"draws_temperature {self.draws_temperature} is neither 1 nor in temperatures"
+            )
+        if len(set(self.carry)) < len(self.carry):
+            raise ValueError("carry names a column twice")
+        return self
