@@ -228,7 +228,7 @@ def _encoding(schema: pa.Schema, profile: Profile) -> dict[str, Any]:
         if field.name == "topk_logprobs" and profile == "compact":
             dictionary.append(leaf)
             levels[leaf] = 3
-        elif field.type in (INTS, FLOATS) and fixed:
+        elif field.type in (INTS, FLOATS, pa.float32()) and fixed:
             split[leaf] = "BYTE_STREAM_SPLIT"
             levels[leaf] = 1
         elif pa.types.is_binary(field.type):

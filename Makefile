@@ -1,0 +1,42 @@
+# Every target makes its own environment: Python 3.11 or newer, make and pip's registry suffice.
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,\
+	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check fix bench clean
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY) ## Label real images, query, mix, train students, print a table (out/demo/).
+	$(BIN)/python -m pipelines.fashion.demo
+
+test: $(READY) ## Run the tests (minutes).
+	$(BIN)/python -m pytest
+
+test-all: $(READY) ## Run all tests, the long ones too.
+	$(BIN)/python -m pytest -m ''
+
+check: $(READY) ## Lint, check format and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(READY) ## Format, and mend what the linter can.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## Measure the demo's parts again; rewrites the README's table.
+	$(BIN)/python -m pipelines.fashion.bench
+
+clean: ## Remove the environment and everything made.
+	rm -rf .venv out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "softlabels needs Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
