@@ -50,9 +50,11 @@ def _load_module(name: str) -> Any:
         sys.path.append(here)
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:
+        # The user's module may fail in any way: a missing package, its syntax, its own code.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise BadInputError(
-            f"cannot import {name!r} (looked on sys.path and in {here!r}): {error}"
+            f"cannot import {name!r} (looked on sys.path and in {here!r}): {reason}"
         ) from error
 
 
@@ -72,5 +74,6 @@ def _load_file(file: str) -> Any:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise BadInputError(f"cannot import {file!r}: {type(error).__name__}: {error}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInputError(f"cannot import {file!r}: {reason}") from error
     return module

@@ -14,7 +14,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from softlabels.errors import BadInputError, IntegrityError
 from softlabels.fingerprint import canonical_json, sha256_bytes, sha256_json
@@ -26,6 +26,8 @@ FEATURES: frozenset[str] = frozenset()
 """What this release can do beyond the plain plan; a plan that needs more is refused."""
 
 _META = b"softlabels.plan"
+_UNREADABLE = (pa.ArrowException, OSError, LookupError, TypeError, ValueError, RecursionError)
+"""What damaged bytes, or metadata of the wrong shape, make reading a plan raise."""
 
 ENTRIES = pa.schema(
     [
@@ -130,7 +132,12 @@ class Plan:
                 "features": sorted(self.features),
                 "recipe": dict(self.recipe),
                 "tables": [
-                    {"name": t.name, "digest": t.snapshot_digest, "contents": t.contents.digest()}
+                    {
+                        "name": t.name,
+                        "digest": t.snapshot_digest,
+                        "contents": t.contents.digest(),
+                        "files": sorted(canonical_json(f.model_dump()) for f in t.files),
+                    }
                     for t in sorted(self.tables.values(), key=lambda t: t.name)
                 ],
                 "entries": _entries_digest(self.entries),
@@ -144,7 +151,7 @@ class Plan:
             "fingerprint": self.fingerprint,
             "features": list(self.features),
             "recipe": dict(self.recipe),
-            "tables": [table.model_dump(mode="json") for table in self.tables.values()],
+            "tables": [self.tables[name].model_dump(mode="json") for name in sorted(self.tables)],
             "report": [source.model_dump(mode="json") for source in self.report],
         }
         sink = pa.BufferOutputStream()
@@ -179,12 +186,12 @@ class Plan:
                 features=tuple(meta["features"]),
                 location=root.uri,
             )
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, ValidationError) as e:
-            reason = " ".join(str(e).split())[:200]
+            plan._check(meta["fingerprint"])
+        except _UNREADABLE as error:
+            reason = " ".join(str(error).split())[:200]
             raise IntegrityError(
                 f"{os.fspath(path)!r} is not a whole softlabels plan: {reason}"
-            ) from e
-        plan._check(meta["fingerprint"])
+            ) from error
         return plan
 
     def root(self, name: str, overrides: Mapping[str, str] | None = None) -> Root:

@@ -78,18 +78,22 @@ def table_schema(temperatures: Iterable[float] = (), carried: Iterable[pa.Field]
     """The schema of a table: fixed columns, then temperatures', then carried ones.
 
     Raises:
-        BadInputError: a carried column has a fixed column's name, or a type that not every
+        BadInputError: a carried column has the name of another column, or a type that not every
             reader of the table knows.
     """
     fields = [pa.field(name, c.type, nullable=c.nullable) for name, c in COLUMNS.items()]
     for temperature in temperatures:
         fields += [pa.field(name, FLOATS) for name in temper_columns(temperature)]
-    names = {field.name for field in fields}
+    names = {field.name.lower() for field in fields}
     for field in carried:
-        if field.name in names:
-            raise BadInputError(f"carry: column {field.name!r} has the name of a softlabels column")
+        # Delta, DuckDB and Spark take "Label" and "label" for one column.
+        if field.name.lower() in names:
+            raise BadInputError(
+                f"carry: column {field.name!r} has the name of a softlabels column or of another "
+                "carried one (case is ignored): rename it in the source"
+            )
         fields.append(pa.field(field.name, portable_type(field)))
-        names.add(field.name)
+        names.add(field.name.lower())
     return pa.schema(fields)
 
 

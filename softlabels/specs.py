@@ -38,7 +38,7 @@ def load_spec(
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a YAML file: plain types only, no double keys, no aliases."""
     file = Path(path)
-    if not file.is_file():
+    if not os.path.isfile(file):  # unlike Path.is_file, no error for a name that is too long
         raise BadInputError(f"there is no file {str(path)!r}")
     if file.stat().st_size > MAX_BYTES:
         raise BadInputError(f"{str(path)!r} is larger than {MAX_BYTES} bytes: that is no spec")
@@ -98,8 +98,8 @@ def _apply(data: dict[str, Any], change: str) -> None:
         data = inner
     try:
         data[parts[-1]] = yaml.load(text, Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise BadInputError(f"change {change!r}: {_one_line(error)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadInputError(f"change {change[:80]!r}: {_one_line(error)}") from error
 
 
 def _describe(problem: Any, model: type[BaseModel]) -> str:

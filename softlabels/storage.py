@@ -7,6 +7,7 @@ is ever taken from a spec, and a URI that carries one is refused, so none can re
 import contextlib
 import os
 import posixpath
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +74,9 @@ class Root:
             IntegrityError: it leaves the root, be it by "..", a scheme or a symbolic link.
         """
         joined = posixpath.join(self.path, safe_relative(relative))
-        if self.is_local and not Path(joined).resolve().is_relative_to(Path(self.path).resolve()):
+        # realpath, not Path.resolve: that one raises on a link that leads to itself.
+        real, top = os.path.realpath(joined), os.path.realpath(self.path)
+        if self.is_local and not Path(real).is_relative_to(top):
             raise IntegrityError(f"path {relative!r} leaves its root {self.uri!r} by a link")
         return joined
 
@@ -123,8 +126,8 @@ class Root:
             if not self.is_local:
                 self.fs.pipe_file(path, bytes(data))
                 return
-            temporary = _write_temporary(path, data)
-            os.replace(temporary, path)
+            with _temporary_file(path, data) as temporary:
+                os.replace(temporary, path)
             _sync_folder(path)
 
     def create(self, relative: str, data: bytes) -> bool:
@@ -137,14 +140,12 @@ class Root:
                 except FileExistsError:
                     return False
                 return True
-            temporary = _write_temporary(path, data)
-            try:
-                # fsspec's local mode="create" looks first and writes then: two writers can win.
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-            finally:
-                os.unlink(temporary)
+            with _temporary_file(path, data) as temporary:
+                try:
+                    # fsspec's local mode="create" looks first and writes then: two can win.
+                    os.link(temporary, path)
+                except FileExistsError:
+                    return False
             _sync_folder(path)
             return True
 
@@ -162,17 +163,15 @@ def open_root(uri: str | os.PathLike[str]) -> Root:
         BadInputError: the URI carries credentials, or no installed filesystem serves its scheme.
     """
     text = os.fspath(uri)
-    parts = urlsplit(text)
-    if parts.scheme and (parts.password or parts.username or parts.query):
-        raise BadInputError(
-            f"a URI with credentials or a query is refused ({parts.scheme}://{parts.hostname}…): "
-            "give credentials by environment variables"
-        )
+    for link in text.split("::"):  # fsspec chains such as simplecache::s3://bucket/folder
+        _refuse_credentials(link)
     try:
         fs, path = fsspec.url_to_fs(text)
     except (ValueError, ImportError) as error:
         raise BadInputError(f"cannot open {text!r}: {error}") from error
     path = path.rstrip("/") or "/"
+    if isinstance(fs, LocalFileSystem) and ".." in path.split("/"):
+        path = os.path.realpath(path)
     return Root(uri=path if isinstance(fs, LocalFileSystem) else text.rstrip("/"), fs=fs, path=path)
 
 
@@ -183,17 +182,38 @@ def find_files(pattern: str) -> tuple[Root, list[str]]:
         BadInputError: nothing matches.
     """
     head = pattern.split("*")[0].split("?")[0].split("[")[0]
+    if "://" in head and "/" not in head.partition("://")[2]:
+        raise BadInputError(f"{head}…: a wildcard cannot stand before the first folder of a URI")
     root = open_root(posixpath.dirname(head) or ".")
     prefix = posixpath.dirname(head)
     rest = pattern[len(prefix) :].lstrip("/") if prefix else pattern
+    if urlsplit(prefix).scheme and re.search(r"[?][^/]*=", rest):
+        raise BadInputError(f"a URI with a query is refused ({prefix}…): it may hold credentials")
     with storage_errors("list", pattern):
-        found = root.fs.glob(posixpath.join(root.path, rest))
+        matches = root.fs.glob(posixpath.join(root.path, rest), detail=True)
+    found = [str(path) for path, info in matches.items() if info["type"] == "file"]
     if not found:
         raise BadInputError(f"no file matches {pattern!r}")
-    return root, sorted(posixpath.relpath(str(path), root.path) for path in found)
+    return root, sorted(posixpath.relpath(path, root.path) for path in found)
 
 
-def _write_temporary(path: str, data: bytes | memoryview) -> str:
+def _refuse_credentials(uri: str) -> None:
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        # Nothing of a URI that cannot be taken apart is shown: it may hold a secret.
+        raise BadInputError(f"a URI cannot be read: {error}") from error
+    if "\0" in uri:
+        raise BadInputError(f"path {uri!r} holds a NUL character")
+    if parts.scheme and (parts.password or parts.username or parts.query):
+        raise BadInputError(
+            f"a URI with credentials or a query is refused ({parts.scheme}://{parts.hostname}…): "
+            "give credentials by environment variables"
+        )
+
+
+@contextlib.contextmanager
+def _temporary_file(path: str, data: bytes | memoryview) -> Iterator[str]:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     try:
@@ -201,11 +221,10 @@ def _write_temporary(path: str, data: bytes | memoryview) -> str:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):  # it is gone when it was renamed
             os.unlink(temporary)
-        raise
-    return temporary
 
 
 def _sync_folder(path: str) -> None:

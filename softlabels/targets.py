@@ -97,6 +97,7 @@ class SoftTargets:
             DataError: a shape, an id, an order or a mass is wrong; names the first bad example.
         """
         self._check_shapes(names)
+        self._check_ids(names, num_classes)
         used = self.ids >= 0
         self._refuse(names, np.isnan(self.logprobs).any(1), "a NaN log-probability")
         self._refuse(names, (self.logprobs > 0).any(1), "a log-probability above 0")
@@ -106,11 +107,10 @@ class SoftTargets:
             rising = np.diff(self.logprobs, axis=1) > 0
         self._refuse(names, rising.any(1), "log-probabilities that rise; they must fall")
         self._refuse(names, _repeated(self.ids), "an id twice in its top k")
-        if num_classes is not None:
-            self._refuse(names, (self.ids >= num_classes).any(1), f"an id not below {num_classes}")
+        mass = np.exp(self.logprobs.astype(np.float64)).sum(1)
+        self._refuse(names, mass > 1 + mass_tolerance, "a head mass above 1")
         if self.tail is not None:
-            mass = np.exp(self.logprobs.astype(np.float64)).sum(1) + np.exp(self.tail)
-            wrong = ~(np.abs(mass - 1) <= mass_tolerance)
+            wrong = ~(np.abs(mass + np.exp(self.tail) - 1) <= mass_tolerance)
             self._refuse(names, wrong, "head and tail mass that do not sum to 1")
         if self.draws is not None and self.num_draws:
             inside = (self.draws[:, :, None] == self.ids[:, None, :]) & (self.draws >= 0)[
@@ -150,25 +150,32 @@ class SoftTargets:
 
         Args:
             columns: table columns by name (Array, not ChunkedArray); absent or null ones are
-                unknown, except topk_ids, topk_logprobs and num_positions.
+                unknown, except num_positions, the top k and the temperatures that are asked for.
             k: ids a position, from lineage.
             draws: m, from lineage.
             temperatures: the extra ones to take.
 
         Raises:
-            IntegrityError: a list is not as long as its row's positions times k (or m).
+            IntegrityError: a needed column is missing, or a list is not as long as its row's
+                positions times k (or m).
         """
         counts = to_numpy(columns["num_positions"], np.int32)
 
-        def flat(name: str, kind: type[np.generic], width: int | None = None) -> Any:
+        def flat(
+            name: str, kind: type[np.generic], width: int | None = None, needed: bool = False
+        ) -> Any:
             values = columns.get(name)
-            if values is None or values.null_count == len(values):
+            if values is None and needed:
+                raise IntegrityError(f"column {name!r} is missing")
+            if values is None or (values.null_count == len(values) and not needed):
                 return None
             return _flatten(name, values, counts, kind, width)
 
         temper = {}
         for temperature in temperatures:
-            shift, tail = (flat(name, np.float32) for name in temper_columns(temperature))
+            shift, tail = (
+                flat(name, np.float32, needed=True) for name in temper_columns(temperature)
+            )
             temper[temperature] = Temper(shift, tail)
         empty: Any = (
             np.zeros((int(counts.sum()), 0), np.int32),
@@ -176,8 +183,8 @@ class SoftTargets:
         )
         return cls(
             num_positions=counts,
-            ids=flat("topk_ids", np.int32, k) if k else empty[0],
-            logprobs=flat("topk_logprobs", np.float32, k) if k else empty[1],
+            ids=flat("topk_ids", np.int32, k, needed=True) if k else empty[0],
+            logprobs=flat("topk_logprobs", np.float32, k, needed=True) if k else empty[1],
             tail=flat("tail_logprob", np.float32),
             draws=flat("sampled_ids", np.int32, draws) if draws else None,
             entropy=flat("position_entropy", np.float32),
@@ -197,8 +204,9 @@ class SoftTargets:
                 return {t: Temper(v.shift[index], v.tail[index]) for t, v in value.items()}
             return value
 
-        values = {f.name: pick(getattr(self, f.name)) for f in fields(self)}
-        return type(self)(**(values | {"num_positions": num_positions}))
+        names = [f.name for f in fields(self) if f.name != "num_positions"]
+        values = {name: pick(getattr(self, name)) for name in names}
+        return type(self)(num_positions=num_positions, **values)
 
     def take(self, rows: npt.NDArray[np.integer[Any]]) -> Self:
         """The rows `rows`, in that order; a row may come twice."""
@@ -258,6 +266,16 @@ class SoftTargets:
             "top1_id": _scalar(self.ids[:, 0] if self.k else None, single, len(counts)),
         }
 
+    def _check_ids(self, names: Sequence[str], num_classes: int | None) -> None:
+        for value in (self.ids, self.draws, self.label_ids):
+            if value is None:
+                continue
+            table = value if value.ndim == 2 else value[:, None]
+            self._refuse(names, (table < -1).any(1), "an id below -1, which marks none")
+            if num_classes is not None:
+                above = (table >= num_classes).any(1)
+                self._refuse(names, above, f"an id not below {num_classes}")
+
     def _check_shapes(self, names: Sequence[str]) -> None:
         total = int(self.num_positions.sum())
         if len(names) != len(self.num_positions):
@@ -266,6 +284,9 @@ class SoftTargets:
             value = getattr(self, f.name)
             if isinstance(value, np.ndarray) and f.name != "num_positions" and len(value) != total:
                 raise DataError(f"{f.name} has {len(value)} positions, num_positions say {total}")
+        for temperature, temper in self.temper.items():
+            if len(temper.shift) != total or len(temper.tail) != total:
+                raise DataError(f"temperature {temperature}: not {total} shifts and tails")
         if self.logprobs.shape != self.ids.shape:
             raise DataError(f"ids have shape {self.ids.shape}, logprobs {self.logprobs.shape}")
 

@@ -11,6 +11,7 @@ on the committed rows are those of unseen images. The same command again writes 
 import gzip
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,6 +30,8 @@ Labels = npt.NDArray[np.int32]
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
 FOLDER = Path("data/fashion")
 TRAIN_ROWS = 15_000
+VALIDATION_ROWS = 3_000
+"""Last of the committed training rows: they choose settings, no reported student sees them."""
 SEED = 0
 ROW_GROUP_ROWS = 2_500
 ZSTD_LEVEL = 19  # written once, read often: 4 % smaller than level 3 and read as fast
@@ -49,8 +52,16 @@ def main(
     refuse_shared_images(train_images[chosen], test_images)
     out.mkdir(parents=True, exist_ok=True)
     tables = {
-        "test": as_table("test", np.arange(len(test_images)), test_images, test_labels),
-        "train": as_table("train", chosen, train_images[chosen], train_labels[chosen]),
+        "test": as_table(
+            "test", np.arange(len(test_images)), test_images, test_labels, ["test"] * 10_000
+        ),
+        "train": as_table(
+            "train",
+            chosen,
+            train_images[chosen],
+            train_labels[chosen],
+            ["train"] * (TRAIN_ROWS - VALIDATION_ROWS) + ["validation"] * VALIDATION_ROWS,
+        ),
     }
     for split, table in tables.items():
         path = out / f"{split}.parquet"
@@ -116,21 +127,27 @@ def refuse_shared_images(*parts: Images) -> None:
 
 
 def as_table(
-    split: Split, indices: npt.NDArray[np.int64], images: Images, labels: Labels
+    split: Split,
+    indices: npt.NDArray[np.int64],
+    images: Images,
+    labels: Labels,
+    parts: Sequence[str],
 ) -> pa.Table:
-    """Returns a table of example_id, image and label, all non-null.
+    """Returns a table of example_id, image, label and part, all non-null.
 
     Args:
         split: Names the rows: `train-00017` is row 17 of the original training split.
         indices: Original row numbers, int64 [N].
         images: uint8 [N, 784].
         labels: int32 [N].
+        parts: what each row is for: train, validation or test, [N].
     """
     schema = pa.schema(
         [
             pa.field("example_id", pa.string(), nullable=False),
             pa.field("image", pa.binary(), nullable=False),
             pa.field("label", pa.int32(), nullable=False),
+            pa.field("part", pa.string(), nullable=False),
         ],
         metadata={
             "dataset": "Fashion-MNIST, Zalando SE, MIT",
@@ -140,7 +157,8 @@ def as_table(
     )
     ids = [f"{split}-{index:05d}" for index in indices.tolist()]
     pixels = [row.tobytes() for row in images]
-    columns = [pa.array(ids, pa.string()), pa.array(pixels, pa.binary()), pa.array(labels)]
+    columns = [pa.array(ids, pa.string()), pa.array(pixels, pa.binary())]
+    columns += [pa.array(labels), pa.array(parts, pa.string())]
     return pa.Table.from_arrays(columns, schema=schema)
 
 
@@ -152,7 +170,7 @@ def write(table: pa.Table, path: Path) -> None:
         row_group_size=ROW_GROUP_ROWS,
         compression="zstd",
         compression_level=ZSTD_LEVEL,
-        use_dictionary=["label"],  # every image and id is distinct
+        use_dictionary=["label", "part"],  # every image and id is distinct
         write_page_checksum=True,
     )
 

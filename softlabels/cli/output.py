@@ -19,7 +19,9 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> 
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    # Values are shown as they are: "[/x]" in a class name is no markup.
+    width = None if sys.stdout.isatty() else 160
+    console = Console(width=width, markup=False, emoji=False)
     if not rows:
         console.print("(no rows)")
         return

@@ -1,7 +1,154 @@
-"""student commands."""
+"""train, evaluate: a student learns from a plan, and how well it does."""
+
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from softlabels.cli.output import print_json, print_table, progress
+from softlabels.errors import BadInputError
+
+if TYPE_CHECKING:
+    from softlabels.student.spec import RunSpec
+    from softlabels.student.trainer import Trained
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RootOption = Annotated[
+    list[str] | None,
+    typer.Option("--root", metavar="NAME=URI", help="Where a table of the plan is now."),
+]
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the app."""
+    app.command(rich_help_panel="Student")(train)
+    app.command(rich_help_panel="Student")(evaluate)
+
+
+def train(
+    spec: Annotated[str, typer.Argument(metavar="RUN.yaml", help="The run spec.")],
+    roots: RootOption = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of it.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check spec and plans; print the work as JSON.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a student from a plan; no teacher is needed.
+
+    The same command again goes on from the newest checkpoint, however the last one ended; when
+    the run is finished it says so and exits 0. Stopped by a signal it exits 75 and loses nothing.
+
+    Example: softlabels train run.yaml --set loss.kd_weight=0 --set out=out/run-hard
+    """
+    from softlabels.student.spec import RunSpec
+
+    loaded = _with_roots(RunSpec.read(spec, changes or ()), roots)
+    if dry_run:
+        print_json(_work(loaded))
+        return
+    trained = _with_progress(loaded)
+    record = trained.record
+    if as_json:
+        print_json({"student": str(trained.student), "already": trained.already, **record})
+        return
+    if record["evaluation"] is not None:
+        print_table([_figures("student", record["evaluation"])])
+    if trained.already:
+        print(f"nothing left to train: all {record['steps']} steps were done")
+    print(f"{trained.student}: {record['parameters']} parameters, {record['steps']} steps")
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its RUN.yaml.")],
+    plan: Annotated[
+        str | None, typer.Option("--plan", help="What to measure on; default: the run's own.")
+    ] = None,
+    student: Annotated[
+        str | None, typer.Option("--student", help="Weights (safetensors) of the same student.")
+    ] = None,
+    roots: RootOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a trained student on a plan, beside its teacher, from stored labels alone.
+
+    A run's folder names the code of its student, which is imported: do this to folders that you
+    or people you trust have made.
+
+    Example: softlabels evaluate out/run --plan out/test.plan.parquet
+    """
+    from softlabels.plan import Plan
+    from softlabels.student.evaluate import evaluate_teacher
+    from softlabels.student.saved import evaluate_saved, read_run
+
+    spec = _with_roots(read_run(run), roots)
+    path = plan or (spec.evaluate.plan if spec.evaluate is not None else None)
+    if path is None:
+        raise BadInputError("--plan: expected a plan, for the run itself was not evaluated on one")
+    opened = Plan.read(path)
+    found = {
+        "student": evaluate_saved(spec, opened, student).as_dict(),
+        "teacher": evaluate_teacher(opened, roots=spec.roots).as_dict(),
+    }
+    if as_json:
+        print_json({"plan_fingerprint": opened.fingerprint, **found})
+        return
+    print_table([_figures(name, figures) for name, figures in found.items()])
+
+
+def _with_roots(spec: "RunSpec", roots: list[str] | None) -> "RunSpec":
+    found = dict(spec.roots)
+    for root in roots or ():
+        name, equals, uri = root.partition("=")
+        if not name or not equals or not uri:
+            raise BadInputError(f"--root {root!r}: expected NAME=URI")
+        found[name] = uri
+    return spec.model_copy(update={"roots": found})
+
+
+def _work(spec: "RunSpec") -> dict[str, Any]:
+    from softlabels.student.trainer import require_fit
+
+    plan, other = require_fit(spec)
+    batches = -(-plan.num_rows // spec.batch_size)
+    steps = spec.steps or (spec.epochs or 0) * batches
+    return {
+        "steps": steps,
+        "epochs": steps / batches,
+        "rows_per_epoch": plan.num_rows,
+        "bytes": sum(file.size for table in plan.tables.values() for file in table.files),
+        "evaluation_rows": other.num_rows if other else 0,
+        "plan_fingerprint": plan.fingerprint,
+        "identity_sha256": spec.fingerprint(),
+        "spec": spec.model_dump(mode="json"),
+    }
+
+
+def _with_progress(spec: "RunSpec") -> "Trained":
+    from rich.progress import TextColumn
+
+    from softlabels.student.trainer import Progress, train
+
+    bar = progress(TextColumn("{task.fields[note]}"))
+    tasks: list[Any] = []
+
+    def report(at: Progress) -> None:
+        if not tasks:  # nothing is drawn for a run that is refused or done already
+            bar.start()
+            tasks.append(bar.add_task("train", total=at.total, note=""))
+        note = f"loss {at.loss:.4f}"
+        if at.line:
+            wait = at.line["data_wait_share"]
+            note += f" {at.line['rows_per_s']:,.0f} rows/s {wait:.0%} waiting for data"
+        bar.update(tasks[0], completed=at.step, note=note)
+
+    try:
+        return train(spec, report=report)
+    finally:
+        if tasks:
+            bar.stop()
+
+
+def _figures(name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {"": name, **{key: value for key, value in evaluation.items() if key != "bins"}}

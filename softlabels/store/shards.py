@@ -64,8 +64,13 @@ def compact_levels() -> Floats:
 
 
 def to_float16_precision(values: Floats) -> Floats:
-    """`values` rounded to what float16 holds, still float32 (float16 columns stop Spark)."""
-    return values.astype(np.float16).astype(np.float32)
+    """`values` rounded to what float16 holds, still float32 (float16 columns stop Spark).
+
+    Finite values stay finite: an infinite log-probability would say that an id is padding.
+    """
+    largest = np.finfo(np.float16).max
+    held = np.where(np.isfinite(values), np.clip(values, -largest, largest), values)
+    return held.astype(np.float16).astype(np.float32)
 
 
 def to_compact_levels(logprobs: Floats) -> Floats:
@@ -182,16 +187,16 @@ def open_shard(data: bytes | memoryview, name: str) -> pq.ParquetFile:
     try:
         footer(data)
         file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)), page_checksum_verification=True)
-    except (pa.ArrowInvalid, OSError, IntegrityError) as error:
-        raise IntegrityError(f"shard {name!r} cannot be read: {error}") from error
-    version = (file.metadata.metadata or {}).get(FORMAT_KEY, b"0").decode()
+    except (pa.ArrowException, OSError, ValueError, IntegrityError) as error:
+        raise IntegrityError(f"shard {name!r} cannot be read: {_one_line(error)}") from error
+    version = (file.metadata.metadata or {}).get(FORMAT_KEY, b"0").decode(errors="replace")
     check_format_version(version, f"shard {name!r}")
     return file
 
 
 def check_format_version(version: str | None, where: str) -> None:
     """Raises IntegrityError unless `version` is one that this release reads."""
-    if version is None or not version.isdigit() or version == "0":
+    if version is None or not version.isdecimal() or version == "0":
         raise IntegrityError(
             f"{where} has no softlabels format version: it was not made by softlabels"
         )
@@ -212,10 +217,14 @@ def read_row_groups(
     """
     try:
         table = file.read_row_groups(list(groups), columns=columns).combine_chunks()
-    except (pa.ArrowException, OSError) as error:
-        raise IntegrityError(f"shard {name!r} is damaged: {error}") from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise IntegrityError(f"shard {name!r} is damaged: {_one_line(error)}") from error
     batches = table.to_batches()
     return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _encoding(schema: pa.Schema, profile: Profile) -> dict[str, Any]:

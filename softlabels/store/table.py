@@ -1,5 +1,6 @@
 """The table: a Delta log over shards, opened at a version, grown by exactly-once commits."""
 
+import itertools
 import json
 import random
 import re
@@ -108,8 +109,9 @@ class UnitShard:
 def parse_reference(reference: str) -> tuple[str, str | None]:
     """A table reference split into its URI and what follows "@": "t@v1" gives ("t", "v1")."""
     uri, at, mark = reference.rpartition("@")
-    if not at or "/" in mark:
-        return reference, None
+    authority = uri.partition("://")[2]
+    if not at or "/" in mark or (":" in authority and "/" not in authority):
+        return reference, None  # the last: user:password@bucket, which open_root refuses
     if not uri or not mark:
         raise BadInputError(f"table {reference!r}: expected TABLE, TABLE@tag or TABLE@version")
     return uri, mark
@@ -137,9 +139,9 @@ class Table:
             IntegrityError: its format is newer, or the tag's snapshot is not what was tagged.
         """
         uri, mark = parse_reference(reference)
-        root = open_root(uri)
+        root = _table_root(uri)
         tag: Tag | None = None
-        if mark is not None and not mark.isdigit():
+        if mark is not None and not mark.isdecimal():
             tag = read_tag(root, mark)
         version = tag.version if tag else int(mark) if mark else None
         table = cls(root, _open_delta(root, version))
@@ -158,15 +160,19 @@ class Table:
             MismatchError: a table is there with other contents or another schema.
             StorageError: the place cannot be written.
         """
-        root = open_root(uri)
+        root = _table_root(uri)
         try:
             delta = _open_delta(root, None)
         except BadInputError:
             delta = _create_delta(root, schema, contents)
         table = cls(root, delta)
         contents.require_same(table.contents, "the run", f"table {uri!r}")
-        if not table.schema.equals(schema):
-            raise MismatchError(f"table {uri!r} has schema {table.schema}, the run makes {schema}")
+        for theirs, ours in itertools.zip_longest(map(str, table.schema), map(str, schema)):
+            if theirs != ours:
+                raise MismatchError(
+                    f"table {uri!r} has another schema: column {theirs}, the run makes {ours}; "
+                    "use another table"
+                )
         return table
 
     @cached_property
@@ -206,20 +212,23 @@ class Table:
 
     def history(self) -> list[dict[str, Any]]:
         """Commits, newest first: version, timestamp (ms), operation, run (RunLineage or None)."""
+        entries = self._delta.history()
         commits = []
-        for entry in self._delta.history():
-            if int(entry["version"]) > self.version:
+        # Whatever version it is at, delta-rs gives the whole log but calls its newest entry that
+        # version. The log is never cleaned up, so an entry's place in it is its version.
+        for version, entry in zip(reversed(range(len(entries))), entries, strict=True):
+            if version > self.version:
                 continue
             text = entry.get(COMMIT_KEY)
             commits.append(
                 {
-                    "version": int(entry["version"]),
+                    "version": version,
                     "timestamp": int(entry["timestamp"]),
                     "operation": entry.get("operation", ""),
                     "run": RunLineage.model_validate_json(text) if text else None,
                 }
             )
-        return sorted(commits, key=lambda commit: -commit["version"])
+        return commits
 
     def store_shard(self, key: str, unit: str, shard: shards.Shard) -> UnitShard:
         """Stores a finished shard under a name of its own, ready to be committed."""
@@ -251,20 +260,25 @@ class Table:
             TryAgainError: the race was lost too often, or storage does not answer.
         """
         error: Exception | None = None
-        for attempt in range(COMMIT_ATTEMPTS):
-            if attempt:
+        for attempt in range(COMMIT_ATTEMPTS + 1):
+            if error is not None:
                 time.sleep(random.uniform(0, min(2.0, 0.02 * 2**attempt)))
-            newest = self.latest()
-            missing = [unit for unit in units if not newest.committed(unit.key)]
+            try:
+                newest = self.latest()
+            except StorageError as caught:
+                error = caught
+                continue
+            # By key: a unit given twice is one unit.
+            missing = {unit.key: unit for unit in units if not newest.committed(unit.key)}
             if not missing:
                 return newest
+            if attempt == COMMIT_ATTEMPTS:
+                break
             guard(newest)
             try:
-                newest._commit_once(missing, lineage)
+                newest._commit_once(list(missing.values()), _narrowed(lineage, missing))
             except (DeltaError, OSError) as caught:
                 error = caught
-        if all(self.latest().committed(unit.key) for unit in units):
-            return self.latest()
         raise TryAgainError(
             f"could not commit {len(units)} units to {self.root.uri!r} in {COMMIT_ATTEMPTS} "
             f"attempts; nothing is lost, run the command again: {_one_line(error)}"
@@ -308,14 +322,27 @@ class Table:
         )
 
 
+def _table_root(uri: str) -> Root:
+    root = open_root(uri)
+    if "%" in root.uri:
+        # delta-rs decodes it in some places and not in others: "a%20b" would write into "a b".
+        raise BadInputError(f"table {root.uri!r}: a '%' cannot be in a table's place, rename it")
+    return root
+
+
 def _open_delta(root: Root, version: int | None) -> DeltaTable:
     try:
-        return DeltaTable(root.uri, version=version)
+        delta = DeltaTable(root.uri)
+        newest = delta.version()
+        # delta-rs counts up to any version that it is asked for, for hours if it is large.
+        if version is not None and version > newest:
+            raise BadInputError(f"table {root.uri!r} has no version {version}, only 0 to {newest}")
+        if version is not None:
+            delta.load_as_version(version)
+        return delta
     except TableNotFoundError as error:
         raise BadInputError(f"there is no table at {root.uri!r}") from error
     except (DeltaError, OSError) as error:
-        if version is not None:
-            raise BadInputError(f"table {root.uri!r} has no version {version}") from error
         raise StorageError(f"cannot open table {root.uri!r}: {_one_line(error)}") from error
 
 
@@ -331,6 +358,9 @@ def _create_delta(root: Root, schema: pa.Schema, contents: Contents) -> DeltaTab
             name="softlabels",
             configuration=properties,
             raise_if_key_not_exists=False,
+            # With retries, of two that create at once the later would become version 1 and put its
+            # contents in place of the first one's.
+            commit_properties=CommitProperties(max_commit_retries=0),
         )
     except (DeltaError, OSError) as error:
         try:
@@ -339,6 +369,17 @@ def _create_delta(root: Root, schema: pa.Schema, contents: Contents) -> DeltaTab
             raise StorageError(
                 f"cannot make a table at {root.uri!r}: {_one_line(error)}"
             ) from error
+
+
+def _narrowed(lineage: RunLineage, units: Mapping[str, UnitShard]) -> RunLineage:
+    # What another attempt has committed already is in that commit's record, not in this one's.
+    names = {key.rpartition("/")[2] for key in units}
+    return lineage.model_copy(
+        update={
+            "units": tuple(u for u in lineage.units if u.rpartition("/")[2] in names),
+            "num_rows": sum(unit.num_rows for unit in units.values()),
+        }
+    )
 
 
 def _table_file(action: Mapping[str, Any]) -> TableFile:

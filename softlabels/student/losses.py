@@ -110,19 +110,8 @@ def distillation_loss(
 
     loss = sum_i w_i (kd_weight T² KL_i + (1 - kd_weight) CE_i) / normalizer, KL at T and CE at 1.
     d loss / d logits = w (kd_weight T (q - target) + (1 - kd_weight) (softmax(logits) - onehot))
-    / normalizer, taken in the forward pass; backward multiplies. The modes, their loss and
-    gradient off S (on S it is q - p unless said):
-
-    - bucket: sum_S p log(p / q) + r log(r / q_tail); q (1 - r / q_tail). The KL over k + 1
-      classes: at least 0, at most the full KL, exact when nothing is outside S.
-    - sampled: weight r / m on each of m draws, repeats added; q - weight. Unbiased. `kl` is the
-      cross-entropy minus `targets.entropy`, so single rows may be below 0. Without the stored
-      entropy, -sum_S p log p - r log r is subtracted: too large on average by r times the
-      entropy inside the tail, which no student changes, so differences and gradients are exact.
-    - uniform: u = r / (V - k) on each id outside S; q - u.
-    - label: r on the hard label, added to p where it is in S; q - target. Biased.
-    - renormalize: p / (1 - r) on S, nothing outside; q, and q - p / (1 - r) on S. Biased towards
-      overconfident students; warns once a process.
+    / normalizer, taken in the forward pass; backward multiplies. `TailMode` says what KL and
+    target are in each mode.
 
     Several teachers: call once for each, with its weight times w and one normalizer, and add.
 
@@ -145,7 +134,7 @@ def distillation_loss(
         DataError: targets contradict themselves; see `check_targets`.
 
     Source: T² and the mix with hard labels: Hinton, Vinyals, Dean, "Distilling the Knowledge in
-        a Neural Network", 2015; sampled: Anshumann et al., "Sparse Logit Sampling", ACL 2025.
+        a Neural Network", 2015.
     """
     _check_call(logits, targets, tail, temperature, kd_weight, labels, weights)
     if validate:
@@ -191,7 +180,7 @@ def normalize_outside_(z: Tensor, rows: Rows, labels: Tensor) -> LogProbs:
     head = head.masked_fill(~rows.stored, -torch.inf)
     # Not -inf: a row with nothing outside S must not become NaN. Adding leaves pads alone.
     lowest = torch.finfo(z.dtype).min / 2
-    z.scatter_add_(1, rows.ids, rows.stored * lowest)
+    z.scatter_add_(1, rows.ids, rows.stored.to(z.dtype) * lowest)
     top = z.amax(1, keepdim=True)
     top = top.masked_fill(top <= lowest, -torch.inf)
     torch.softmax(z, 1, out=z)

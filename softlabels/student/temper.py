@@ -15,6 +15,24 @@ from torch import Tensor
 from softlabels.errors import BadInputError, DataError, MismatchError, SoftLabelsError
 
 TailMode = Literal["bucket", "sampled", "uniform", "label", "renormalize"]
+"""What stands for the mass outside the stored ids: the loss, then its gradient off S.
+
+q: the student, q_tail: its mass outside S, p: the teacher on S, r: its tail. On S the gradient is
+q - p unless said.
+
+- bucket: sum_S p log(p / q) + r log(r / q_tail); q (1 - r / q_tail). The KL over k + 1
+  classes: at least 0, at most the full KL, exact when nothing is outside S.
+- sampled: weight r / m on each of m draws, repeats added; q - weight. Unbiased. `kl` is the
+  cross-entropy minus `targets.entropy`, so single rows may be below 0. Without the stored
+  entropy, -sum_S p log p - r log r is subtracted: too large on average by r times the
+  entropy inside the tail, which no student changes, so differences and gradients are exact.
+- uniform: u = r / (V - k) on each id outside S; q - u.
+- label: r on the hard label, added to p where it is in S; q - target. Biased.
+- renormalize: p / (1 - r) on S, nothing outside; q, and q - p / (1 - r) on S. Biased towards
+  overconfident students; warns once a process.
+
+Source: sampled: Anshumann et al., "Sparse Logit Sampling", ACL 2025.
+"""
 
 HEAD_TOLERANCE = 0.15
 """How far, relatively, a head's mass may be from 1 - exp(tail).
@@ -23,7 +41,7 @@ The table's value profiles round a log-probability by at most 1/8 nat, which is 
 of a mass; more is the tail of another temperature, a head cut without its tail, or damage.
 """
 TAIL_TOLERANCE = 2e-3
-"""The same absolutely: float16's precision of a tail near 0 nats, or of a tail that is tiny."""
+"""The same absolutely, and how far rounding may put a tail above 0 nats."""
 
 
 class Targets(NamedTuple):
@@ -150,7 +168,7 @@ def resolve_tail(
         dtype: of the result's floats.
     """
     stored = targets.ids >= 0
-    log_r = targets.tail_logprob.to(dtype)
+    log_r = targets.tail_logprob.to(dtype).clamp(max=0)
     left = torch.full_like(log_r, -torch.inf) if tail == "renormalize" else log_r
     head = rescale_head(targets.logprobs.to(dtype).masked_fill(~stored, -torch.inf), left)
     ids, probs, r = targets.ids.clamp(min=0).long(), head.exp(), log_r.exp()
@@ -160,7 +178,7 @@ def resolve_tail(
     if tail == "bucket":
         return rows._replace(spread=r)
     if tail == "uniform":
-        outside = (num_classes - stored.sum(1)).clamp(min=1)
+        outside = (num_classes - stored.sum(1)).clamp(min=1).to(dtype)
         return rows._replace(uniform=r, entropy=known + r * outside.log())
     if tail == "label" and labels is not None:
         return _on_label(rows, r, labels)
@@ -246,7 +264,7 @@ def check_targets(targets: Targets, num_classes: int) -> None:
             range_problem(ids, "targets.ids", num_classes),
             Problem(repeated, by_id[:, 1:], "targets.ids", "each id once in a row"),
             Problem(padded, logprobs, "targets.logprobs", "-inf where ids are -1"),
-            Problem(~(tail <= 0), tail, "targets.tail_logprob", "nats, at most 0"),
+            Problem(~(tail <= TAIL_TOLERANCE), tail, "targets.tail_logprob", "nats, at most 0"),
             _head_problem(logprobs, tail, "targets"),
             Problem(full, tail, "targets.tail_logprob", "-inf, since every class is stored"),
             *_draw_problems(targets, by_id, num_classes),

@@ -16,7 +16,7 @@ from softlabels.store import shards
 from softlabels.store.inspect import row_keys
 from softlabels.store.table import Table
 from softlabels.teacher.labeller import Labeller
-from softlabels.teacher.run import Keys, Scan, Unit, prepare, scan
+from softlabels.teacher.run import Keys, Run, Scan, Unit, prepare, scan
 from softlabels.teacher.spec import CaptureSpec
 
 
@@ -76,23 +76,36 @@ def capture(spec: CaptureSpec, progress: Progress | None = None) -> Report:
     """
     began = time.monotonic()
     progress = progress or Progress()
-    run, teacher = prepare(spec)
-    labeller = Labeller(run, teacher)
-    table = Table.open_or_create(spec.table, labeller.schema, run.contents)
-    todo = [unit for unit in run.units if not table.committed(unit.key)]
-    report = Report(table.root.uri, table.version, run.id, units=len(run.units))
-    report.already = sum(f.num_rows for f in table.files if f.unit.startswith(run.id[:16]))
-    if todo:
-        found = scan(run, progress.scanned)
-        report.repeated, report.relabelled = len(found.repeated), found.relabelled
-        progress.planned(sum(unit.stop - unit.start for unit in todo))
-        worker = _Worker(labeller, table, found, progress, report)
-        with _stop_on_signal() as stopped:
+    with _stop_on_signal() as stopped:
+        run, teacher = prepare(spec)
+        labeller = Labeller(run, teacher)
+        table = labeller.table()
+        todo = [unit for unit in run.units if table is None or not table.committed(unit.key)]
+        found = _scan(run, progress, stopped) if todo else None
+        if table is None:
+            # A spec that fails at once must not leave a table that its correction does not fit.
+            labeller.rehearse()
+            table = Table.open_or_create(spec.table, labeller.schema, run.contents)
+        report = Report(table.root.uri, table.version, run.id, units=len(run.units))
+        report.already = sum(f.num_rows for f in table.files if f.unit.startswith(run.id[:16]))
+        if found is not None:
+            report.repeated, report.relabelled = len(found.repeated), found.relabelled
+            progress.planned(sum(unit.stop - unit.start for unit in todo))
+            worker = _Worker(labeller, table, found, progress, report)
             for unit in todo:
                 worker.label(unit, stopped)
-        report.version = worker.table.version
+            report.version = worker.table.version
     report.seconds = round(time.monotonic() - began, 3)
     return report
+
+
+def _scan(run: Run, progress: Progress, stopped: Callable[[], bool]) -> Scan:
+    def scanned(rows: int) -> None:
+        progress.scanned(rows)
+        if stopped():
+            raise TryAgainError("stopped by a signal while planning: run the same command to go on")
+
+    return scan(run, scanned)
 
 
 class _Overtaken(Exception):
@@ -115,7 +128,8 @@ class _Worker:
 
     def label(self, unit: Unit, stopped: Callable[[], bool]) -> None:
         """Labels and commits one unit, again where another run was quicker with some of it."""
-        while not self._attempt(unit, stopped):
+        # Another process at the same run may have done it since this one began.
+        while not self.table.committed(unit.key) and not self._attempt(unit, stopped):
             pass
 
     def _attempt(self, unit: Unit, stopped: Callable[[], bool]) -> bool:
@@ -132,9 +146,10 @@ class _Worker:
             if stored.path is not None:
                 self.table.root.delete(stored.path)
             return False
-        self._report.committed += 1
-        self._report.rows += shard.num_rows
-        self._report.already += already
+        if stored.path is None or any(file.path == stored.path for file in self.table.files):
+            self._report.committed += 1
+            self._report.rows += shard.num_rows
+            self._report.already += already
         return True
 
     def _shard(

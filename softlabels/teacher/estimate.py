@@ -3,12 +3,8 @@
 import time
 from typing import Any
 
-import numpy as np
-
-from softlabels.errors import BadInputError
-from softlabels.store.table import Table
 from softlabels.teacher.labeller import Labeller
-from softlabels.teacher.run import Unit, prepare, scan
+from softlabels.teacher.run import prepare, scan
 from softlabels.teacher.spec import CaptureSpec
 
 
@@ -24,18 +20,15 @@ def estimate(spec: CaptureSpec) -> dict[str, Any]:
     """
     run, teacher = prepare(spec)
     labeller = Labeller(run, teacher)
+    table = labeller.table()
     found = scan(run)
-    left = _units_left(spec, run.units)
+    left = [unit for unit in run.units if table is None or not table.committed(unit.key)]
     rows = sum(unit.stop - unit.start for unit in left)
-    first = Unit("dry-run", "", 0, min(spec.batch_size, run.source.num_rows))
-    writer = labeller.writer(first)
-    everything = np.ones(first.stop, bool)
-    for batch in labeller.label(first, everything):  # warms caches; its size counts, not its time
-        writer.write(batch)
+    measured, size = labeller.rehearse()  # warms caches; its size counts, not its time
     began = time.monotonic()
-    measured = sum(batch.num_rows for batch in labeller.label(first, everything))
+    labeller.rehearse()
     rate = measured / max(time.monotonic() - began, 1e-9)
-    bytes_per_row = len(writer.close().data) / max(measured, 1)
+    bytes_per_row = size / max(measured, 1)
     return {
         "table": spec.table,
         "run_id": run.id,
@@ -50,11 +43,3 @@ def estimate(spec: CaptureSpec) -> dict[str, Any]:
         "bytes_per_row": round(bytes_per_row, 1),
         "bytes": int(bytes_per_row * rows),
     }
-
-
-def _units_left(spec: CaptureSpec, units: tuple[Unit, ...]) -> list[Unit]:
-    try:
-        table = Table.open(spec.table)
-    except BadInputError:
-        return list(units)
-    return [unit for unit in units if not table.committed(unit.key)]

@@ -32,19 +32,19 @@ def extract(
         draw_keys: uint64 [N], what the draws of each row depend on; needed for draws.
 
     Returns:
-        Targets on the CPU. logprob_i = z_i - lse(z); the tail is the sum of softmax outside the
-        top k, never 1 minus the head, which would lose it to rounding; entropy is
-        lse(z) - sum p z; temper shift is lse(z)/T - lse(z/T).
+        Targets on the CPU: logprob_i = z_i - lse(z); tail the sum of softmax outside the top k, for
+        1 minus the head is lost to rounding; entropy lse - sum p z; shift lse(z)/T - lse(z/T).
     """
     z = logits.float()
+    # Log-probabilities keep their digits whatever is added to all logits of a row.
+    z = z - z.amax(1, keepdim=True)
     top, ids = z.topk(k, dim=1)
     lse, probs = _softmax(z)
     logprobs = top - lse[:, None]
     centred = torch.where(probs > 0, z - lse[:, None], torch.zeros((), device=z.device))
     entropy = -(probs * centred).sum(1)
     tail = _outside(probs, ids)
-    drawn = None
-    temper = {}
+    drawn, temper = None, {}
     if draws and draws_temperature == 1:
         drawn = _systematic(tail, draws, draw_keys)
     tail_logprob = tail.sum(1).log()
@@ -53,11 +53,10 @@ def extract(
         tail_t = _outside(probs_t, ids)
         if draws and draws_temperature == temperature:
             drawn = _systematic(tail_t, draws, draw_keys)
-        temper[temperature] = Temper(
-            _floats(lse / temperature - lse_t), _floats(tail_t.sum(1).log())
-        )
+        shift = lse / temperature - lse_t
+        temper[temperature] = Temper(_floats(shift), _floats(tail_t.sum(1).log()))
+    label_logprobs, label_ranks = _labels(z, lse, labels, top, ids)
     ids = ids.masked_fill(logprobs == -torch.inf, -1)
-    label_logprobs, label_ranks = _labels(z, lse, labels)
     return SoftTargets(
         num_positions=np.ones(len(z), np.int32),
         ids=_ints(ids),
@@ -86,11 +85,10 @@ def draw_uniforms(keys: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.fl
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    # Maximum and sum by hand: torch.logsumexp is slower and needs the softmax again anyway.
-    largest = z.max(1, keepdim=True).values
-    probs = (z - largest).exp_()
+    # Of logits whose largest is 0. torch.logsumexp is slower and needs the softmax again anyway.
+    probs = z.exp()
     total = probs.sum(1, keepdim=True)
-    return (largest + total.log()).squeeze(1), probs.div_(total)
+    return total.log().squeeze(1), probs.div_(total)
 
 
 def _outside(probs: Tensor, ids: Tensor) -> Tensor:
@@ -114,15 +112,24 @@ def _systematic(tail: Tensor, draws: int, keys: npt.NDArray[np.uint64] | None) -
     return _ints(found.masked_fill(total <= 0, -1))
 
 
-def _labels(z: Tensor, lse: Tensor, labels: Ints | None) -> tuple[Floats | None, Ints | None]:
+def _labels(
+    z: Tensor, lse: Tensor, labels: Ints | None, top: Tensor, ids: Tensor
+) -> tuple[Floats | None, Ints | None]:
     if labels is None:
         return None, None
     known = torch.from_numpy(labels >= 0).to(z.device)
     index = torch.from_numpy(np.maximum(labels, 0).astype(np.int64)).to(z.device)[:, None]
     of_label = z.gather(1, index)
-    # Equal logits are ranked by id, so that a rank is unique.
-    before = torch.arange(z.shape[1], device=z.device)[None, :] < index
-    ranks = ((z > of_label) | ((z == of_label) & before)).sum(1)
+
+    def before(values: Tensor, of: Tensor) -> Tensor:
+        return ((values > of_label) | ((values == of_label) & (of < index))).sum(1)
+
+    # Equal logits are ranked as topk put them in the head, and by id after it: a rank is unique,
+    # and below k exactly where the head holds the label.
+    after = ids.shape[1] + before(z, torch.arange(z.shape[1], device=z.device)) - before(top, ids)
+    here = ids == index
+    place = (here * torch.arange(ids.shape[1], device=z.device)).sum(1)
+    ranks = torch.where(here.any(1), place, after)
     logprobs = (of_label.squeeze(1) - lse).masked_fill(~known, torch.nan)
     return _floats(logprobs), _ints(ranks.masked_fill(~known, -1))
 

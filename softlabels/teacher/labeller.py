@@ -8,11 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from softlabels.errors import DataError
+from softlabels.errors import BadInputError, DataError
 from softlabels.fingerprint import key64, sha256_json
 from softlabels.lineage import RunLineage
 from softlabels.schema import table_schema
+from softlabels.storage import open_root
 from softlabels.store import shards
+from softlabels.store.table import Table
 from softlabels.targets import Ints, to_numpy
 from softlabels.teacher.extract import extract
 from softlabels.teacher.models import TorchTeacher
@@ -31,6 +33,29 @@ class Labeller:
         self.schema = table_schema(
             run.spec.temperatures, [source.field(name) for name in run.spec.carry]
         )
+
+    def table(self) -> Table | None:
+        """The table that the spec names; None when it is still to be made.
+
+        Raises:
+            BadInputError: there can be no table at such a place.
+            MismatchError: it is there and holds another kind of label.
+        """
+        uri = self.run.spec.table
+        open_root(uri)
+        try:
+            Table.open(uri)
+        except BadInputError:
+            return None
+        return Table.open_or_create(uri, self.schema, self.run.contents)
+
+    def rehearse(self) -> tuple[int, int]:
+        """Labels the first batch and throws it away; returns its rows and their bytes stored."""
+        first = Unit("rehearsal", "", 0, min(self.run.spec.batch_size, self.run.source.num_rows))
+        writer = self.writer(first)
+        for batch in self.label(first, np.ones(first.stop, bool)):
+            writer.write(batch)
+        return first.stop, len(writer.close().data)
 
     def writer(self, unit: Unit) -> shards.ShardWriter:
         """A writer for a unit's shard, which says where its rows came from."""
@@ -97,7 +122,7 @@ class Labeller:
             "example_id": pa.array(names, pa.string()),
             "view": pa.array(np.zeros(len(names), np.int32)),
             **shards.round_to_profile(targets, spec.profile).columns(),
-            **{name: batch[name].cast(self.schema.field(name).type) for name in spec.carry},
+            **{name: _carried(batch, self.schema.field(name)) for name in spec.carry},
         }
         return pa.RecordBatch.from_arrays(
             [
@@ -113,7 +138,8 @@ class Labeller:
             return None
         values, classes = batch[column], self.run.contents.classes
         if pa.types.is_integer(values.type):
-            found = to_numpy(values.cast(pa.int64()).fill_null(-1), np.int64)
+            # Unchecked: what int64 cannot hold turns negative and is refused below.
+            found = to_numpy(values.cast(pa.int64(), safe=False).fill_null(-1), np.int64)
         elif classes is not None:
             index = {name: number for number, name in enumerate(classes)} | {None: -1}
             found = np.array([index.get(value, -2) for value in values.to_pylist()], np.int64)
@@ -127,6 +153,21 @@ class Labeller:
                 f"{list(classes) if classes else self._teacher.num_classes} or null"
             )
         return np.asarray(found, np.int32)
+
+
+def _carried(batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
+    try:
+        values = batch[field.name].cast(field.type)
+    except pa.ArrowInvalid as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"carry: column {field.name!r} cannot be kept as {field.type}: {reason}"
+        ) from error
+    if pa.types.is_list(field.type) and values.flatten().null_count:
+        raise DataError(
+            f"carry: column {field.name!r} has a null inside a list, which the table cannot hold"
+        )
+    return values
 
 
 def _filter(

@@ -1,6 +1,7 @@
 """Teachers: what turns source columns into logits."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from softlabels.errors import BadInputError, DataError, MismatchError
-from softlabels.fingerprint import sha256_json, sha256_stream
+from softlabels.fingerprint import sha256_bytes, sha256_json, sha256_stream
 from softlabels.imports import load_object, source_sha256
 from softlabels.lineage import TeacherLineage
 from softlabels.teacher.spec import CaptureSpec
@@ -31,7 +32,7 @@ class TorchTeacher:
         self.lineage = lineage
         self.num_classes = num_classes
         self.device = device
-        self._module = module.to(device).eval()
+        self.module = module.to(device).eval()
         self._decode = decode
 
     @torch.inference_mode()
@@ -44,15 +45,15 @@ class TorchTeacher:
 
         Raises:
             MismatchError: the module gives another shape than [B, num_classes].
-            DataError: decode fails, or a logit is NaN or +inf; names the example.
+            DataError: decode or the module fails, or a logit is NaN or +inf; names the example.
         """
-        try:
+        rows = f"in examples {names[0]!r} to {names[-1]!r}"
+        with _failures(f"decode failed {rows}"):
             inputs = self._decode(columns)
-        except ValueError as error:
-            raise DataError(
-                f"decode failed in rows {names[0]!r} to {names[-1]!r}: {error}"
-            ) from error
-        logits = self._module(inputs.to(self.device))
+        if not isinstance(inputs, Tensor):
+            raise DataError(f"decode gave {type(inputs).__name__} {rows}, expected a tensor")
+        with _failures(f"the teacher failed {rows}"):
+            logits = self.module(inputs.to(self.device))
         expected = (len(names), self.num_classes)
         if not isinstance(logits, Tensor) or tuple(logits.shape) != expected:
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -79,9 +80,9 @@ def load_teacher(spec: CaptureSpec) -> TorchTeacher:
     decode = load_object(spec.source.decode)
     try:
         module = module_class(**spec.teacher.arguments)
-    except TypeError as error:
+    except Exception as error:
         raise BadInputError(
-            f"teacher.arguments do not fit {spec.teacher.module!r}: {error}"
+            f"{spec.teacher.module!r} cannot be made of teacher.arguments: {_one_line(error)}"
         ) from error
     if not isinstance(module, nn.Module):
         raise BadInputError(
@@ -110,8 +111,10 @@ def load_weights(module: nn.Module, path: str) -> None:
         raise BadInputError(f"there is no weights file {path!r}")
     try:
         found = load_file(path)
-    except SafetensorError as error:
-        raise BadInputError(f"{path!r} is not a whole safetensors file: {error}") from error
+    except (SafetensorError, OSError) as error:
+        raise BadInputError(
+            f"{path!r} is not a whole safetensors file: {_one_line(error)}"
+        ) from error
     wanted = module.state_dict()
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or extra:
@@ -137,9 +140,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BadInputError(
-            f"device {name!r} is not to be had here: {_first_line(error)}"
-        ) from error
+        raise BadInputError(f"device {name!r} is not to be had here: {_one_line(error)}") from error
     return device
 
 
@@ -148,11 +149,25 @@ def _weights_sha256(module: nn.Module, path: str | None) -> str:
         with open(path, "rb") as stream:
             return sha256_stream(stream)
     tensors = {
-        name: [str(value.dtype), list(value.shape), value.flatten().double().tolist()]
+        name: [str(value.dtype), list(value.shape), _tensor_sha256(value)]
         for name, value in module.state_dict().items()
     }
     return sha256_json(tensors)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _tensor_sha256(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return sha256_bytes(flat.view(torch.uint8).numpy().tobytes())
+
+
+@contextlib.contextmanager
+def _failures(what: str) -> Iterator[None]:
+    # The user's own code may raise anything; what it read is what matters to them.
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{what}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

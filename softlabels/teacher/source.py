@@ -8,20 +8,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softlabels.errors import BadInputError, DataError
-from softlabels.fingerprint import sha256_json, sha256_stream
+from softlabels.errors import BadInputError, DataError, IntegrityError
+from softlabels.fingerprint import sha256_bytes, sha256_json, sha256_stream
 from softlabels.storage import Root, find_files
+from softlabels.store import shards
 
 READ_ROWS = 4_096
-"""Rows of a source decoded at once: what bounds memory beside the teacher's own batch."""
+READ_BYTES = 8 << 20
+"""Rows of a source decoded at once, and their bytes when rows are large, such as images: what
+bounds memory beside the teacher's own batch, and beside two pages of the file, which Arrow decodes
+whole."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One Parquet file: path below the source's root, sha256, rows."""
+    """One Parquet file: path below the source's root, sha256 of it and of its footer, rows."""
 
     path: str
     sha256: str
+    footer_sha256: str
     num_rows: int
 
 
@@ -50,12 +55,12 @@ class Source:
         return sha256_json([file.sha256 for file in self.files])
 
     def batches(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """The rows `start` to `stop`, in order, at most READ_ROWS at a time."""
+        """The rows `start` to `stop`, in order, at most READ_ROWS or some READ_BYTES at a time."""
         first = 0
         for file in self.files:
             low, high = max(start - first, 0), min(stop - first, file.num_rows)
             if low < high:
-                yield from _read(self.root, file.path, low, high, columns)
+                yield from _read(self.root, file, low, high, columns)
             first += file.num_rows
 
     def locate(self, row: int) -> str:
@@ -83,11 +88,11 @@ def open_source(pattern: str, columns: Sequence[str]) -> Source:
     for path in paths:
         with root.open(path) as stream:
             digest = sha256_stream(stream)
-        parquet = _open(root, path)
+        parquet, footer_sha256 = _open(root, path)
         found = parquet.schema_arrow.remove_metadata()
         schema = schema or found
         _require_columns(found, schema, columns, path, paths[0])
-        files.append(SourceFile(path, digest, parquet.metadata.num_rows))
+        files.append(SourceFile(path, digest, footer_sha256, parquet.metadata.num_rows))
     assert schema is not None  # find_files raises when nothing matches
     return Source(root, tuple(files), schema)
 
@@ -107,28 +112,46 @@ def _require_columns(
             )
 
 
-def _open(root: Root, path: str) -> pq.ParquetFile:
+def _open(root: Root, path: str) -> tuple[pq.ParquetFile, str]:
+    data = root.buffer(path)
     try:
-        return pq.ParquetFile(pa.BufferReader(root.buffer(path)))
-    except (pa.ArrowException, OSError) as error:
+        return pq.ParquetFile(pa.BufferReader(data)), sha256_bytes(shards.footer(memoryview(data)))
+    except (pa.ArrowException, OSError, IntegrityError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"source file {path!r} is not a whole Parquet file: {reason}") from error
 
 
 def _read(
-    root: Root, path: str, low: int, high: int, columns: Sequence[str]
+    root: Root, file: SourceFile, low: int, high: int, columns: Sequence[str]
 ) -> Iterator[pa.RecordBatch]:
-    parquet = _open(root, path)
+    parquet, footer_sha256 = _open(root, file.path)
+    if footer_sha256 != file.footer_sha256:
+        raise DataError(
+            f"source file {file.path!r} was replaced while it was read: run the command again"
+        )
     counts = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
     ends = np.cumsum(counts)
     groups = [g for g, end in enumerate(ends) if end > low and end - counts[g] < high]
     row = int(ends[groups[0]] - counts[groups[0]])
     try:
-        for batch in parquet.iter_batches(READ_ROWS, row_groups=groups, columns=list(columns)):
+        size = _rows_at_once(parquet.metadata, groups, columns)
+        for batch in parquet.iter_batches(size, row_groups=groups, columns=list(columns)):
             begin, end = max(low - row, 0), min(high - row, batch.num_rows)
             row += batch.num_rows
             if begin < end:
-                yield batch.slice(begin, end - begin).select(list(columns))
+                part = batch.slice(begin, end - begin)
+                # Only names and types: files may differ in metadata and in what may be null.
+                yield pa.RecordBatch.from_arrays([part[n] for n in columns], names=list(columns))
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"source file {path!r} is damaged: {reason}") from error
+        raise DataError(f"source file {file.path!r} is damaged: {reason}") from error
+
+
+def _rows_at_once(metadata: pq.FileMetaData, groups: Sequence[int], columns: Sequence[str]) -> int:
+    largest = 0
+    for group in map(metadata.row_group, groups):
+        chunks = (group.column(index) for index in range(group.num_columns))
+        read = (c for c in chunks if c.path_in_schema.split(".")[0] in columns)
+        size = sum(chunk.total_uncompressed_size for chunk in read)
+        largest = max(largest, size // max(group.num_rows, 1))
+    return max(1, min(READ_ROWS, READ_BYTES // max(largest, 1)))

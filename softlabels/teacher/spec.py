@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from softlabels.fingerprint import canonical_json
+from softlabels.schema import temperature_suffix
+
 ROWS_PER_SHARD = 50_000
 
 
@@ -37,6 +40,15 @@ class TeacherSpec(_Settings):
         if isinstance(classes, tuple) and (len(classes) < 2 or len(set(classes)) < len(classes)):
             raise ValueError("expected at least two different class names")
         return classes
+
+    @field_validator("arguments")
+    @classmethod
+    def _recordable(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        try:
+            canonical_json(arguments)
+        except (TypeError, ValueError) as error:
+            raise ValueError("expected values that JSON can hold, without NaN") from error
+        return arguments
 
     @property
     def num_classes(self) -> int:
@@ -96,13 +108,22 @@ class CaptureSpec(_Settings):
     batch_size: Annotated[int, Field(ge=1)] = 256
     device: str = "auto"
 
+    @field_validator("table")
+    @classmethod
+    def _no_version(cls, table: str) -> str:
+        if "@" in table.rsplit("/", 1)[-1]:
+            raise ValueError("expected a table, not one version of it (TABLE@...)")
+        return table
+
     @field_validator("temperatures")
     @classmethod
     def _usable(cls, temperatures: tuple[float, ...]) -> tuple[float, ...]:
-        if any(not math.isfinite(t) or t <= 0 or t == 1 for t in temperatures):
-            raise ValueError("expected temperatures above 0, without 1, which is always stored")
-        if len({f"{t:g}" for t in temperatures}) < len(temperatures):
-            raise ValueError("expected different temperatures")
+        if any(not math.isfinite(t) or t <= 0 for t in temperatures):
+            raise ValueError("expected finite temperatures above 0")
+        # Columns are named by six digits of T; 1 itself is always stored.
+        suffixes = {temperature_suffix(t) for t in (1.0, *temperatures)}
+        if len(suffixes) <= len(temperatures):
+            raise ValueError("expected different temperatures, without 1, which is always stored")
         return tuple(sorted(temperatures))
 
     @model_validator(mode="after")

@@ -1,0 +1,5 @@
+"""`python -m softlabels`: the same as the `softlabels` command."""
+
+from softlabels.cli import main
+
+main()

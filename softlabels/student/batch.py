@@ -1,0 +1,236 @@
+"""Stream batches as torch tensors, the student's call, and whether a plan can serve a loss."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from softlabels.errors import BadInputError, MismatchError
+from softlabels.lineage import Contents
+from softlabels.plan import Plan
+from softlabels.schema import COLUMNS
+from softlabels.student.spec import LossSpec
+from softlabels.student.stream import Batch
+from softlabels.student.temper import Targets, temper
+from softlabels.targets import SoftTargets
+
+Decode = Callable[[Mapping[str, pa.Array]], Any]
+"""Carried columns of B rows to a tensor [B, ...], or a tuple or mapping of tensors."""
+
+
+class LossInputs(NamedTuple):
+    """What `distillation_loss` takes beside the logits, on the run's device.
+
+    Attributes:
+        targets: values at the run's temperature, N rows.
+        labels: int32 [N], -1 where there is none; None: the tables hold none.
+        weights: float32 [N].
+    """
+
+    targets: Targets
+    labels: Tensor | None
+    weights: Tensor
+
+
+class LabelSpace(NamedTuple):
+    """What the classes of a plan are.
+
+    Attributes:
+        num_classes: V.
+        classes: names in order of id; None: unknown.
+    """
+
+    num_classes: int
+    classes: tuple[str, ...] | None
+
+    def require(self, other: "LabelSpace", here: str, there: str) -> None:
+        """Raises MismatchError with both values unless the two are the same space."""
+        if self.num_classes != other.num_classes:
+            raise MismatchError(
+                f"label spaces differ: {here} has {self.num_classes} classes, "
+                f"{there} has {other.num_classes}"
+            )
+        if None in (self.classes, other.classes) or self.classes == other.classes:
+            return
+        pairs = enumerate(zip(self.classes or (), other.classes or (), strict=True))
+        place, (mine, theirs) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        raise MismatchError(
+            f"label spaces differ: class {place} is {mine!r} in {here}, {theirs!r} in {there}"
+        )
+
+
+def to_torch(
+    batch: Batch,
+    temperature: float = 1.0,
+    device: torch.device | str = "cpu",
+    draws: bool = False,
+) -> LossInputs:
+    """A batch as what the loss takes; on the CPU at temperature 1 no array is copied.
+
+    Args:
+        batch: of a stream that was asked for `temperature`, when it is not 1.
+        temperature: T, of the loss.
+        device: where the student is.
+        draws: take the stored draws, for tail "sampled". They must have been made at T, which
+            `require_servable` finds out.
+
+    Raises:
+        MismatchError: T is not stored, tails are unknown, or a row has not one position.
+    """
+    soft = batch.targets
+    if not bool((soft.num_positions == 1).all()):
+        raise MismatchError(
+            f"rows hold up to {int(soft.num_positions.max())!r} positions: this trainer takes "
+            "classification tables, one distribution a row"
+        )
+    labels = None if soft.label_ids is None else _tensor(soft.label_ids, device)
+    weights = _tensor(batch.loss_weights, device)
+    return LossInputs(targets_at(soft, temperature, device, draws), labels, weights)
+
+
+def targets_at(
+    soft: SoftTargets,
+    temperature: float = 1.0,
+    device: torch.device | str = "cpu",
+    draws: bool = False,
+) -> Targets:
+    """Soft targets at temperature T as torch tensors; arguments and errors as `to_torch`."""
+    if soft.tail is None:
+        raise MismatchError("tail_logprob is not stored: the mass outside the top k is unknown")
+    stored = Targets(
+        ids=_tensor(soft.ids, device),
+        logprobs=_tensor(soft.logprobs, device),
+        tail_logprob=_tensor(soft.tail, device),
+        draws=_tensor(soft.draws, device) if draws and soft.draws is not None else None,
+        entropy=None if soft.entropy is None else _tensor(soft.entropy, device),
+    )
+    if temperature == 1:
+        return stored
+    if temperature not in soft.temper:
+        raise MismatchError(_not_stored(temperature, "the batch", soft.temper))
+    extra = soft.temper[temperature]
+    return temper(
+        stored,
+        temperature,
+        shift=_tensor(extra.shift, device),
+        tail_logprob=_tensor(extra.tail, device),
+        draws=stored.draws,
+    )
+
+
+def logits_of(
+    model: nn.Module, inputs: Any, rows: int, num_classes: int, device: torch.device | str
+) -> Tensor:
+    """The student's logits, float [B, V], for what `decode` gave.
+
+    Args:
+        model: returns the logits, or an object with them as `logits`.
+        inputs: a tensor, a tuple of them (positional) or a mapping (by keyword).
+        rows: B, what the logits must have.
+        num_classes: V, the same.
+        device: inputs are moved there.
+
+    Raises:
+        BadInputError: `inputs` is nothing that a student can be called with.
+        MismatchError: the logits have another shape.
+    """
+    if isinstance(inputs, Tensor):
+        found = model(inputs.to(device))
+    elif isinstance(inputs, tuple):
+        found = model(*(value.to(device) for value in inputs))
+    elif isinstance(inputs, Mapping):
+        found = model(**{name: value.to(device) for name, value in inputs.items()})
+    else:
+        raise BadInputError(
+            f"decode: expected a tensor, or a tuple or mapping of tensors, found {type(inputs)!r}"
+        )
+    logits = getattr(found, "logits", found)
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (rows, num_classes):
+        raise MismatchError(
+            f"the student gives logits of shape {shape!r}, the batch and the plan's label space "
+            f"need {(rows, num_classes)!r}"
+        )
+    return cast(Tensor, logits)
+
+
+def label_space(plan: Plan, where: str) -> LabelSpace:
+    """The label space that all tables of a plan share.
+
+    Raises:
+        MismatchError: two tables differ, the plan reads no table, or a table holds language
+            model targets.
+    """
+    spaces = []
+    for name, contents in _contents(plan, where):
+        if contents.alignment is not None:
+            raise MismatchError(
+                f"{name} holds language-model targets (alignment {contents.alignment!r}): "
+                "this trainer takes classification tables, one distribution a row"
+            )
+        spaces.append((name, LabelSpace(contents.num_classes, contents.classes)))
+    first, space = spaces[0]
+    for name, other in spaces[1:]:
+        space.require(other, first, name)
+    return space
+
+
+def require_servable(plan: Plan, loss: LossSpec, columns: Iterable[str]) -> None:
+    """Raises unless every table of the plan holds what the loss and the inputs need.
+
+    Raises:
+        BadInputError: a column is not in a table.
+        MismatchError: the temperature is not stored; or tail is "sampled" and there are no draws,
+            draws of another temperature, or not equally many in all tables.
+    """
+    counts = {}
+    for name, contents in _contents(plan, "the plan"):
+        if loss.temperature != 1 and loss.temperature not in contents.temperatures:
+            raise MismatchError(_not_stored(loss.temperature, name, contents.temperatures))
+        missing = sorted(set(columns) - set(contents.carried) - set(COLUMNS))
+        if missing:
+            raise BadInputError(
+                f"inputs.columns: {name} has no column {missing[0]!r}, it carries "
+                f"{list(contents.carried)!r}; take one of these, or capture with carry"
+            )
+        if loss.tail != "sampled" or loss.kd_weight == 0:
+            continue
+        if not contents.draws:
+            raise MismatchError(
+                f"tail 'sampled' needs stored draws, {name} has draws {contents.draws!r}: "
+                "use tail 'bucket', or capture with `draws`"
+            )
+        if contents.draws_temperature != loss.temperature:
+            raise MismatchError(
+                f"tail 'sampled' at temperature {loss.temperature!r} needs draws made there, "
+                f"{name} has draws made at {contents.draws_temperature!r}: use tail 'bucket'"
+            )
+        counts[contents.draws] = name
+    if len(counts) > 1:
+        raise MismatchError(
+            f"tail 'sampled' needs equally many draws in every table, found {counts!r}: "
+            "use tail 'bucket'"
+        )
+
+
+def _contents(plan: Plan, where: str) -> list[tuple[str, Contents]]:
+    if not plan.tables or not plan.num_rows:
+        raise MismatchError(f"{where} reads no rows: there is nothing to learn from")
+    return [(f"table {name!r}", table.contents) for name, table in sorted(plan.tables.items())]
+
+
+def _not_stored(temperature: float, where: str, stored: Iterable[float]) -> str:
+    return (
+        f"temperature {temperature!r} is not stored: {where} has {[1.0, *stored]!r}, and a tail "
+        "at another temperature cannot be derived; train at one of these, or capture with it"
+    )
+
+
+def _tensor(values: "np.ndarray[Any, Any]", device: torch.device | str) -> Tensor:
+    # torch warns about arrays that it could write to but must not: those over Arrow's memory.
+    # Only they are copied; what a stream gathered is its own.
+    own = values if values.flags.writeable else values.copy()
+    return torch.from_numpy(own).to(device)

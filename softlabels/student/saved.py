@@ -1,0 +1,131 @@
+"""Finished and begun runs, read again: are they this spec's, and how good is the student?"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from softlabels.errors import BadInputError, IntegrityError, MismatchError
+from softlabels.fingerprint import sha256_bytes
+from softlabels.lineage import Contents
+from softlabels.plan import Plan
+from softlabels.specs import validate
+from softlabels.student import checkpoint
+from softlabels.student.batch import LabelSpace, label_space
+from softlabels.student.checkpoint import STUDENT
+from softlabels.student.evaluate import Evaluation, evaluate
+from softlabels.student.run import RESULT, build_student, load_decode, pick_device
+from softlabels.student.spec import RunSpec
+
+
+def read_result(out: Path) -> dict[str, Any] | None:
+    """What student.json says; None when the run in `out` is not finished.
+
+    Raises:
+        IntegrityError: it cannot be read, or student.safetensors is not the file it describes.
+    """
+    path = out / RESULT
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_bytes())
+        found = sha256_bytes((out / STUDENT).read_bytes())
+        expected = record["student_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from error
+    if found != expected:
+        raise IntegrityError(
+            f"{str(out / STUDENT)!r} has sha256 {found!r}, {RESULT} says {expected!r}: it was "
+            f"changed; remove {RESULT} to train on from the newest checkpoint"
+        )
+    return cast(dict[str, Any], record)
+
+
+def restore_student(out: Path, record: Mapping[str, Any], model: nn.Module | None) -> Path:
+    """The file of a finished student, also loaded into `model` where one is given."""
+    if model is not None:
+        weights = checkpoint.read_weights(out / STUDENT)
+        checkpoint.load_weights(model, weights, f"run {str(out)!r}")
+    return out / STUDENT
+
+
+def require_same(spec: RunSpec, plan: Plan, found: Mapping[str, Any], where: str) -> None:
+    """Raises MismatchError with both values unless `found` records this spec on this plan."""
+    advice = "give another out, or remove that folder to start over"
+    if found["plan_fingerprint"] != plan.fingerprint:
+        raise MismatchError(
+            f"{where} was trained on plan {found['plan_fingerprint']!r}, {spec.plan!r} is "
+            f"{plan.fingerprint!r}: {advice}"
+        )
+    ours, theirs = dict(_flat(spec.identity())), dict(_flat(found["identity"]))
+    for key in sorted({*ours, *theirs}):
+        if ours.get(key) != theirs.get(key):
+            raise MismatchError(
+                f"{where} was trained with {key} {theirs.get(key)!r}, the spec says "
+                f"{ours.get(key)!r}: {advice}"
+            )
+
+
+def read_run(path: str | os.PathLike[str]) -> RunSpec:
+    """The spec of a run: of a finished run's folder, wherever it is now, or in a YAML file.
+
+    Raises:
+        BadInputError: it is neither.
+        IntegrityError: the folder's student is not the one that its record describes.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return RunSpec.read(path)
+    record = read_result(folder)
+    if record is None:
+        raise BadInputError(
+            f"{str(path)!r} holds no finished run (no {RESULT}): give one, or a RUN.yaml with "
+            "--student WEIGHTS"
+        )
+    spec = validate(RunSpec, record["spec"], str(folder / RESULT))
+    return spec.model_copy(update={"out": str(folder)})
+
+
+def evaluate_saved(spec: RunSpec, plan: Plan, weights: str | None = None) -> Evaluation:
+    """The figures on `plan` of a student that was saved.
+
+    Args:
+        spec: names the student and its inputs.
+        plan: what to measure on.
+        weights: safetensors file; None: the finished student in `spec.out`.
+
+    Raises:
+        BadInputError: there are no such weights, or the spec names no student.
+        MismatchError: weights, student and the plan's label space do not fit each other.
+    """
+    space = label_space(plan, "the evaluation plan")
+    record = read_result(Path(spec.out))
+    if record is not None:
+        trained = Contents.model_validate(record["tables"][0]["contents"])
+        own = LabelSpace(trained.num_classes, trained.classes)
+        own.require(space, "the student", "the evaluation plan")
+    path = weights or str(Path(spec.out) / STUDENT)
+    tensors = checkpoint.read_weights(path)
+    decode, device = load_decode(spec), pick_device(spec.device)
+    model = build_student(spec)
+    checkpoint.load_weights(model, tensors, repr(path))
+    return evaluate(
+        model.to(device),
+        plan,
+        decode,
+        spec.inputs.columns,
+        roots=spec.roots,
+        device=device,
+    )
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested mappings as ("outer.inner", value)."""
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else name)
+    else:
+        yield key, value

@@ -1,0 +1,331 @@
+"""Plan to batches: each row once an epoch, in an order that only plan, seed and epoch decide.
+
+The state after any batch is a few numbers. It resumes at once, on other ranks or with another
+batch size, across an epoch border.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from softlabels.errors import BadInputError, IntegrityError, MismatchError
+from softlabels.plan import Plan
+from softlabels.student.order import (
+    VERSION,
+    EpochOrder,
+    Int64s,
+    Order,
+    check_ranks,
+    owned_positions,
+)
+from softlabels.student.readahead import ReadAhead
+from softlabels.student.reader import Reader, Rows
+from softlabels.targets import Floats, SoftTargets, to_numpy
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's rows of a global batch, B of them; none where the batch is tiny.
+
+    Arrays are the batch's own to write to; they share memory with batches nearby.
+
+    Attributes:
+        targets: in stream order; k is the largest of the plan's tables, shorter rows end with
+            (-1, -inf). Fields that no row of the batch knows are None.
+        example_ids: string [B].
+        columns: those asked, by name, [B].
+        loss_weights: float32 [B].
+        epoch: from 0.
+        position: rows of this epoch before the batch, over all ranks.
+        global_weight: sum of the loss weights over all ranks: what gradients are divided by.
+    """
+
+    targets: SoftTargets
+    example_ids: pa.Array
+    columns: dict[str, pa.Array]
+    loss_weights: Floats
+    epoch: int
+    position: int
+    global_weight: float
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Consecutive positions [start, stop) of an epoch, with the rows of one rank.
+
+    `weights` are of all positions; `owned` are the rank's positions, `rows` what is there.
+    """
+
+    epoch: int
+    start: int
+    stop: int
+    weights: Floats
+    owned: Int64s
+    rows: Rows
+
+    def cut(self, start: int, stop: int) -> tuple[Rows, Floats, float]:
+        """Of the positions [start, stop): the rank's rows, their weights, the weight of all."""
+        first, last = (int(i) for i in np.searchsorted(self.owned, (start, stop)))
+        weights = self.weights[self.owned[first:last] - self.start]
+        everyone = self.weights[start - self.start : stop - self.start]
+        return self.rows.slice(first, last), weights, float(everyone.sum(dtype=np.float64))
+
+
+class Stream:
+    """The batches of a plan, from where it stands.
+
+    Iterating goes on from the present state, over epoch borders; a batch never crosses one, so
+    the last of an epoch may be short. One iteration runs at a time: a new one, or
+    `load_state_dict`, ends the former.
+
+    Memory: `read_ahead` + 1 windows of about `shuffle_rows` rows, of which a rank holds its share,
+    one window decoded whole while it is gathered, and `cache_bytes`. A position of 16 stored ids
+    and 16 draws takes 212 bytes: 65,536 sequences of 512 are 7 GB a window.
+
+    Args:
+        plan: what to read.
+        batch_size: rows of a global batch, over all ranks.
+        seed: of the order.
+        epochs: how many from the start of training; None: without end.
+        shuffle: False reads in plan order.
+        columns: further columns of every batch.
+        temperatures: extra temperatures whose shift and tail every batch holds.
+        roots: where tables are now, by their name in the plan.
+        rank: which rank this is.
+        world_size: ranks, at most 64.
+        shuffle_rows: rows that are shuffled among each other; part of what decides the order.
+            Language models want a smaller one, see above.
+        read_ahead: windows a thread reads ahead.
+        cache_bytes: decoded data kept, so that later epochs of a small plan cost a gather only.
+
+    Raises:
+        BadInputError: an argument is out of range, the plan has no rows, a column or a root names
+            nothing.
+        MismatchError: a temperature is not stored, or tables do not share their label space.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        epochs: int | None = None,
+        shuffle: bool = True,
+        columns: Sequence[str] = (),
+        temperatures: Sequence[float] = (),
+        roots: Mapping[str, str] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle_rows: int = 65_536,
+        read_ahead: int = 2,
+        cache_bytes: int = 512 << 20,
+    ) -> None:
+        check_ranks(rank, world_size)
+        for name, value in (
+            ("batch_size", batch_size),
+            ("shuffle_rows", shuffle_rows),
+            ("read_ahead", read_ahead),
+        ):
+            if value < 1:
+                raise BadInputError(f"{name}: expected at least 1, found {value!r}")
+        if epochs is not None and epochs < 0:
+            raise BadInputError(f"epochs: expected at least 0, found {epochs!r}")
+        self._order = _order(plan, int(seed), shuffle, shuffle_rows)
+        self._weights = _column(plan, "loss_weight", np.float32)
+        if not self.rows_per_epoch:
+            raise BadInputError("the plan has no rows: an epoch of it would never end")
+        self._reader = Reader(plan, columns, temperatures, roots, cache_bytes)
+        self._batch_size = batch_size
+        self._epochs = epochs
+        self._rank, self._world_size = rank, world_size
+        self._depth = read_ahead
+        self._epoch, self._position = 0, 0
+        self._ahead: ReadAhead[_Window] | None = None
+        self._waited = 0.0
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows an epoch over all ranks, repeats counted."""
+        return self._order.rows_per_epoch
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Global batches of a whole epoch, the short one counted."""
+        return -(-self.rows_per_epoch // self._batch_size)
+
+    @property
+    def k(self) -> int:
+        """Ids a position of every batch."""
+        return self._reader.k
+
+    @property
+    def draws(self) -> int:
+        """Tail draws a position; 0 unless all tables hold equally many of one temperature."""
+        return self._reader.draws
+
+    @property
+    def waited_seconds(self) -> float:
+        """Seconds that the consumer has waited for data so far."""
+        return self._waited + (self._ahead.waited if self._ahead else 0.0)
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Where the stream stands after the last batch handed out, and what decides its order."""
+        return {**self._identity(), "epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to where another stream of this plan and order stood.
+
+        Batch size, rank and number of ranks may differ.
+
+        Raises:
+            MismatchError: plan, seed or shuffling differ, so there is no such place in this order.
+            BadInputError: the state lacks an entry, or stands outside of an epoch.
+        """
+        identity = self._identity()
+        if missing := sorted({*identity, "epoch", "position"} - set(state)):
+            raise BadInputError(f"stream state: {missing[0]!r} is missing, found {sorted(state)!r}")
+        for name, mine in identity.items():
+            if state[name] != mine:
+                raise MismatchError(
+                    f"stream state: {name} is {state[name]!r}, this stream has {mine!r}; the order "
+                    "would be another"
+                )
+        epoch, position = state["epoch"], state["position"]
+        whole = isinstance(epoch, int) and isinstance(position, int)
+        if not whole or epoch < 0 or not 0 <= position < self.rows_per_epoch:
+            raise BadInputError(
+                f"stream state: epoch {epoch!r}, position {position!r} is not a place in epochs of "
+                f"{self.rows_per_epoch} rows"
+            )
+        self._end_iteration()
+        self._epoch, self._position = epoch, position
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches from the present state on.
+
+        Raises:
+            StorageError: a file is missing.
+            IntegrityError: a file is not the one that the plan names.
+        """
+        self._end_iteration()
+        begin = (self._epoch, self._position)
+        ahead = ReadAhead(lambda closed: self._windows(*begin, closed), self._depth)
+        self._ahead = ahead
+        window: _Window | None = None
+        try:
+            while self._epochs is None or self._epoch < self._epochs:
+                epoch, start = self._epoch, self._position
+                stop = min(start + self._batch_size, self.rows_per_epoch)
+                pieces = []
+                while start < stop:
+                    if window is None or window.epoch != epoch or window.stop <= start:
+                        window = next(ahead)
+                    end = min(stop, window.stop)
+                    pieces.append(window.cut(start, end))
+                    start = end
+                batch = _batch(pieces, epoch, self._position)
+                ended = stop == self.rows_per_epoch
+                self._epoch, self._position = (epoch + 1, 0) if ended else (epoch, stop)
+                yield batch
+                if self._ahead is not ahead:
+                    raise BadInputError(
+                        "this iteration ended when its stream was moved or iterated anew"
+                    )
+        finally:
+            if self._ahead is ahead:
+                self._end_iteration()
+
+    def _end_iteration(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._waited += self._ahead.waited
+            self._ahead = None
+
+    def _identity(self) -> dict[str, int | str]:
+        order = self._order
+        return {
+            "version": VERSION,
+            "fingerprint": order.fingerprint,
+            "seed": order.seed,
+            "shuffle": int(order.shuffle),
+            "shuffle_rows": order.shuffle_rows,
+        }
+
+    def _windows(self, epoch: int, position: int, closed: threading.Event) -> Iterator[_Window]:
+        """Windows from a position on, until `closed`; runs in the reading thread."""
+        while self._epochs is None or epoch < self._epochs:
+            order = self._order.epoch(epoch)
+            for number in range(order.window_at(position), order.num_windows):
+                window = self._window(order, epoch, number, position, closed)
+                if window is None:
+                    return
+                yield window
+            epoch, position = epoch + 1, 0
+
+    def _window(
+        self, order: EpochOrder, epoch: int, number: int, position: int, closed: threading.Event
+    ) -> _Window | None:
+        first, stop = int(order.starts[number]), int(order.starts[number + 1])
+        start = max(first, position)
+        entries, rows = (values[start - first :] for values in order.window(number))
+        owned = owned_positions(start, stop, self._rank, self._world_size)
+        # A rank without a row here still needs arrays of the right width and type.
+        chosen = owned - start if len(owned) else np.zeros(1, np.int64)
+        needed, which = np.unique(entries[chosen], return_inverse=True)
+        parts = []
+        for entry in needed:
+            if closed.is_set():
+                return None
+            parts.append(self._reader.entry(int(entry)))
+        sizes = np.array([len(part) for part in parts])
+        index = (np.cumsum(sizes) - sizes)[which] + rows[chosen]
+        mine = Rows.concat(parts).take(index[: len(owned)])
+        return _Window(epoch, start, stop, self._weights[entries], owned, mine)
+
+
+def _order(plan: Plan, seed: int, shuffle: bool, shuffle_rows: int) -> Order:
+    order = Order(
+        fingerprint=plan.fingerprint,
+        stages=_column(plan, "stage", np.int32),
+        num_rows=_column(plan, "num_rows", np.int32),
+        repeats=_column(plan, "repeats", np.int32),
+        seed=seed,
+        shuffle=shuffle,
+        shuffle_rows=shuffle_rows,
+    )
+    for name, values in (("num_rows", order.num_rows), ("repeats", order.repeats)):
+        if (values < 0).any():
+            entry = int(np.argmax(values < 0))
+            raise IntegrityError(f"entry {entry} of the plan has {name} {int(values[entry])!r}")
+    return order
+
+
+def _column(plan: Plan, name: str, kind: type[np.generic]) -> npt.NDArray[Any]:
+    chunks = plan.entries[name].chunks
+    parts = [to_numpy(chunk, kind) for chunk in chunks]
+    return np.concatenate([np.zeros(0, kind), *parts])
+
+
+def _batch(pieces: Sequence[tuple[Rows, Floats, float]], epoch: int, position: int) -> Batch:
+    rows = Rows.concat([piece for piece, _, _ in pieces])
+    return Batch(
+        targets=rows.targets,
+        example_ids=rows.example_ids,
+        columns=dict(rows.columns),
+        loss_weights=np.concatenate([weights for _, weights, _ in pieces]),
+        epoch=epoch,
+        position=position,
+        global_weight=sum(weight for _, _, weight in pieces),
+    )

@@ -1,0 +1,176 @@
+"""query, mix and plan show as a user runs them: exit codes, streams, files."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from softlabels.cli import main
+from softlabels.plan import Plan
+from softlabels.store import tags
+from softlabels.store.table import Table
+from tests.tables import make_table
+
+RUN = "import sys; from softlabels.cli import main; sys.argv[0] = 'softlabels'; main()"
+
+
+def softlabels(*arguments: object, code: str = RUN) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+class Runner:
+    """The command line in this process: a second cheaper than a new one."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capsys = patch, capsys
+
+    def __call__(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        self._patch.setattr(sys, "argv", ["softlabels", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = self._capsys.readouterr()
+        code = ended.value.code
+        return subprocess.CompletedProcess([], code if isinstance(code, int) else 0, out, err)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    return Runner(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    return make_table(tmp_path_factory.mktemp("cli") / "t", rows=100, shard_rows=50)
+
+
+def write_recipe(folder: Path, table: Table, **source: object) -> Path:
+    recipe = {"sources": {"all [/x]": {"table": table.root.uri, **source}}}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def refused(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a wrong use ends with."""
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_query_prints_a_table_with_values_as_they_are(table: Table) -> None:
+    sql = "SELECT '[red]a[/x] :smile:' AS [text] FROM labels".replace("[text]", '"[b]"')
+    result = softlabels("query", table.root.uri, sql, "--limit-print", 2)
+    assert result.returncode == 0
+    lines = [line.rstrip() for line in result.stdout.splitlines()]
+    assert lines == ["[b]", *["[red]a[/x] :smile:"] * 2]
+    assert result.stderr == "2 of 100 rows; --limit-print shows more\n"
+
+
+def test_query_formats_hold_the_same_rows(run: Runner, table: Table, tmp_path: Path) -> None:
+    sql = (
+        "SELECT example_id, label, topk_ids, -'inf'::FLOAT AS never FROM labels ORDER BY 1 LIMIT 3"
+    )
+    as_json = json.loads(run("query", f"{table.root.uri}@1", sql, "--json").stdout)
+    as_csv = run("query", f"{table.root.uri}@1", sql, "--format", "csv").stdout
+    file = tmp_path / "out.parquet"
+    made = run("query", f"{table.root.uri}@1", sql, "-o", file)
+    assert [row["example_id"] for row in as_json] == ["x00000", "x00001", "x00002"]
+    assert as_json[0]["never"] is None
+    assert made.stdout.splitlines()[-1] == f"{file}: 3 rows"
+    stored = pq.read_table(file).drop_columns(["never"]).to_pylist()
+    assert stored == [{k: v for k, v in row.items() if k != "never"} for row in as_json]
+    rows = list(csv.DictReader(io.StringIO(as_csv)))
+    assert [json.loads(row["topk_ids"]) for row in rows] == [row["topk_ids"] for row in as_json]
+    assert [row["never"] for row in rows] == ["-inf"] * 3
+
+
+def test_query_refuses_on_one_line(run: Runner, table: Table, tmp_path: Path) -> None:
+    uri = table.root.uri
+    assert "exactly one SELECT" in refused(softlabels("query", uri, "DROP VIEW labels"))
+    assert '"label"' in refused(run("query", uri, "SELECT labl FROM labels"))
+    assert "no tag 'v9'" in refused(run("query", f"{uri}@v9", "SELECT 1"))
+    assert "add -o" in refused(run("query", uri, "SELECT 1", "--format", "parquet"))
+    assert "which format" in refused(run("query", uri, "SELECT 1", "-o", tmp_path / "a.txt"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_mix_makes_a_pinned_plan_and_says_so_last(
+    run: Runner, table: Table, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, table, where="label < 5", repeats=1.5)
+    path = tmp_path / "plan.parquet"
+    explained = run("mix", recipe, "--explain")
+    assert explained.returncode == 0
+    assert not path.exists()
+    assert tags.tag_names(table.root) == []
+
+    result = run("mix", recipe, "-o", path)
+    plan = Plan.read(path)
+    assert result.returncode == 0
+    assert (plan.num_rows, plan.report[0].kept) == (75, 50)
+    last = f"{path}: 75 rows an epoch, fingerprint {plan.fingerprint}"
+    assert result.stdout.splitlines()[-1] == last
+    assert explained.stdout.splitlines()[-1].endswith(plan.fingerprint)
+    assert tags.tag_names(table.root) == [f"plan-{plan.fingerprint[:16]}"]
+    again = run("mix", recipe, "-o", path, "--json")
+    assert json.loads(again.stdout)["fingerprint"] == plan.fingerprint
+
+
+def test_mix_without_a_pin_leaves_the_table_alone(run: Runner, tmp_path: Path) -> None:
+    table = make_table(tmp_path / "t", rows=20)
+    path = tmp_path / "plan.parquet"
+    result = run("mix", write_recipe(tmp_path, table), "-o", path, "--no-pin")
+    assert result.returncode == 0
+    assert path.exists()
+    assert tags.tag_names(table.root) == []
+
+
+def test_mix_refuses_on_one_line_and_makes_nothing(
+    run: Runner, table: Table, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.parquet"
+    unknown = softlabels("mix", write_recipe(tmp_path, table, wehre="label = 1"), "-o", path)
+    assert "did you mean 'where'?" in refused(unknown)
+    column = run("mix", write_recipe(tmp_path, table, where="entropi > 1"), "-o", path)
+    assert '"entropy"' in refused(column)
+    several = run("mix", write_recipe(tmp_path, table, where="1=1; DROP x"), "-o", path)
+    assert "one expression" in refused(several)
+    empty = run("mix", write_recipe(tmp_path, table, where="label > 99"), "-o", path)
+    assert "left without rows" in refused(empty)
+    nowhere = run("mix", write_recipe(tmp_path, table))
+    assert "-o PLAN.parquet" in refused(nowhere)
+    assert not path.exists()
+
+
+def test_plan_show_needs_no_database(run: Runner, table: Table, tmp_path: Path) -> None:
+    path = tmp_path / "plan.parquet"
+    recipe = write_recipe(tmp_path, table, where="label < 5")
+    assert run("mix", recipe, "-o", path, "--no-pin").returncode == 0
+    # None in sys.modules makes an import fail: a student's machine has none of these.
+    without = "import sys; sys.modules |= dict.fromkeys(['duckdb', 'polars', 'deltalake']); " + RUN
+    shown = softlabels("plan", "show", path, code=without)
+    assert shown.returncode == 0
+    assert "all [/x]" in shown.stdout
+    assert "50 where" in shown.stdout
+    assert shown.stdout.splitlines()[-1].startswith(f"{path}: 50 rows an epoch, fingerprint ")
+    described = json.loads(run("plan", "show", path, "--json").stdout)
+    assert described["tables"][0]["teacher"] == "random"
+    assert described["sources"][0]["dropped"] == {"where": 50}
+    assert described["fingerprint"] == Plan.read(path).fingerprint
+    assert "no plan at" in refused(run("plan", "show", tmp_path / "none.parquet"))
+
+
+def test_query_loads_no_torch(table: Table) -> None:
+    code = (
+        "import sys; import softlabels.query.view, softlabels.query.lazy, softlabels.query.mix; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert softlabels(code=code).returncode == 0

@@ -1,0 +1,66 @@
+import pytest
+from pydantic import ValidationError
+
+from softlabels.errors import MismatchError
+from softlabels.lineage import Contents, RunLineage, TeacherLineage
+from tests.tables import make_contents, make_lineage
+
+
+def test_contents_and_runs_survive_json() -> None:
+    contents = make_contents(k=3, temperatures=(1.5, 2.0), carried=("image",))
+    assert Contents.model_validate_json(contents.model_dump_json()) == contents
+    assert Contents.model_validate_json(contents.model_dump_json()).digest() == contents.digest()
+    lineage = make_lineage("r", ["r/u"], 4)
+    assert RunLineage.model_validate_json(lineage.model_dump_json()) == lineage
+
+
+def test_a_teachers_fingerprint_is_of_what_decides_what_it_says() -> None:
+    teacher = TeacherLineage(name="a", kind="torch", code="m:f", weights_sha256="1" * 64)
+    renamed = teacher.model_copy(update={"name": "b", "revision": "r2"})
+    assert renamed.fingerprint() == teacher.fingerprint()
+    for change in (
+        {"code": "m:g"},
+        {"code_sha256": "2" * 64},
+        {"arguments": {"width": 3}},
+        {"weights_sha256": "3" * 64},
+        {"decode": "m:d"},
+        {"decode_sha256": "4" * 64},
+        {"kind": "onnx"},
+    ):
+        changed = teacher.model_copy(update=change)
+        assert changed.fingerprint() != teacher.fingerprint(), change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"k": 4},
+        {"num_classes": 11},
+        {"classes": None},
+        {"draws": 2},
+        {"temperatures": (2.0,)},
+        {"profile": "compact"},
+        {"carried": ("image",)},
+        {"example_ids": "content"},
+        {"seed": 1},
+        {"alignment": "next"},
+        {"tokenizer_sha256": "5" * 64},
+        {"teacher": TeacherLineage(name="random", kind="torch", code="other:teacher")},
+    ],
+)
+def test_contents_that_differ_are_named_with_both_values(change: dict[str, object]) -> None:
+    contents = make_contents()
+    other = Contents.model_validate(contents.model_dump() | change)
+    contents.require_same(make_contents(), "the run", "table 't'")
+    with pytest.raises(MismatchError, match=r"the run has .*, table 't' has ") as caught:
+        contents.require_same(other, "the run", "table 't'")
+    (name,) = change
+    assert str(caught.value).startswith(f"{name} differs")
+    assert contents.digest() != other.digest()
+
+
+def test_records_refuse_what_they_do_not_know() -> None:
+    with pytest.raises(ValidationError):
+        Contents.model_validate({**make_contents().model_dump(), "kk": 3})
+    with pytest.raises(ValidationError):
+        make_contents().k = 3
