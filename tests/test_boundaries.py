@@ -20,6 +20,7 @@ LAYERS = {
     "softlabels.schema": 1,
     "softlabels.fingerprint": 1,
     "softlabels.storage": 1,
+    "softlabels.signals": 1,
     "softlabels.specs": 1,
     "softlabels.imports": 2,
     "softlabels.targets": 2,

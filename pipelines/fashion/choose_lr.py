@@ -6,6 +6,10 @@ The pool is the first 12,000 rows of `data/fashion/train.parquet`, the validatio
 3,000. A setting trains on the first N rows of the pool. Its learning rate is the one with the
 highest mean validation accuracy; only then are fresh seeds scored on the test split, at the chosen
 rate. Soft labels are the teacher's full distribution, computed here from its weights.
+
+    python -m pipelines.fashion.choose_lr --demo
+
+chooses for the demo's arms only and writes `chosen.json`, which the demo reads.
 """
 
 import itertools
@@ -37,6 +41,7 @@ LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)  # wide enough that no edge is c
 SMOOTHING = 0.1
 STEPS = 600
 BATCH = 100  # divides every N, so every batch is full
+CHOSEN = Path("pipelines/fashion/chosen.json")
 
 
 class Examples(NamedTuple):
@@ -71,6 +76,16 @@ class Setting(NamedTuple):
         return f"hard, smoothing {self.smoothing:g}" if self.smoothing else "hard"
 
 
+DEMO_ARMS = {
+    "hard300": Setting(300),
+    "soft300": Setting(300, 1.0, 2.0),
+    "hard1000": Setting(1_000),
+    "hard12000": Setting(12_000),
+    "soft12000": Setting(12_000, 1.0, 2.0),
+    "soft12000-T4": Setting(12_000, 1.0, 4.0),
+}
+
+
 class Outcome(NamedTuple):
     """One setting at its chosen learning rate; test figures have one value a seed."""
 
@@ -88,6 +103,9 @@ def main(
     draw: Annotated[
         int, typer.Option(min=0, help="0: the first N rows; else seeds a shuffle of the pool.")
     ] = 0,
+    demo: Annotated[
+        bool, typer.Option("--demo", help=f"Only choose for the demo's arms; write {CHOSEN}.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")] = False,
 ) -> None:
     """Prints the comparison; progress goes to stderr."""
@@ -97,6 +115,9 @@ def main(
     if draw:
         order = torch.randperm(POOL_ROWS, generator=torch.Generator().manual_seed(draw))
         pool = pool.take(order)
+    if demo:
+        write_chosen(pool, validation, choosing_seeds)
+        return
     found = []
     for setting in track(list(settings()), "settings", console=Console(stderr=True)):
         rates = validate(setting, pool, validation, choosing_seeds)
@@ -109,6 +130,18 @@ def main(
         print(json.dumps([{**one._asdict(), "setting": one.setting._asdict()} for one in found]))
     else:
         Console(width=100).print(as_table(found))
+
+
+def write_chosen(pool: Examples, validation: Examples, seeds: int) -> None:
+    """Writes the best rate of every demo arm, beside the validation accuracy of each rate."""
+    chosen = {}
+    for name, setting in track(list(DEMO_ARMS.items()), "arms", console=Console(stderr=True)):
+        rates = validate(setting, pool, validation, seeds)
+        lr = max(rates, key=rates.__getitem__)
+        accuracy = {f"{rate:g}": round(value, 4) for rate, value in rates.items()}
+        chosen[name] = {"lr": lr, "validation_accuracy": accuracy, "seeds": list(range(seeds))}
+    CHOSEN.write_text(json.dumps(chosen, indent=1) + "\n")
+    print(CHOSEN)
 
 
 def settings() -> Iterator[Setting]:

@@ -84,7 +84,7 @@ def draw_reliability(path: str | os.PathLike[str], models: Mapping[str, Reliabil
     figure = Figure(figsize=(3.4 * len(models), 3.8), layout="constrained")
     axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     for axis, (name, bins), colour in zip(axes, models.items(), COLOURS * 9, strict=False):
-        used = bins.counts > 0
+        used = bins.counts >= max(1, bins.counts.sum() / 1_000)  # fewer rows are mostly chance
         axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--")
         share = bins.counts[used] / bins.counts.sum()
         axis.bar(bins.confidence[used], share, width=0.05, color="0.85", label="share of rows")

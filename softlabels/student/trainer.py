@@ -11,8 +11,6 @@ random numbers, seeded by the spec; a `decode` that draws its own numbers is out
 import contextlib
 import fcntl
 import math
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch import nn
 
 from softlabels.errors import DataError, TryAgainError
 from softlabels.plan import Plan
+from softlabels.signals import stop_on_signal
 from softlabels.storage import storage_errors
 from softlabels.student import checkpoint
 from softlabels.student.batch import Decode, label_space, logits_of, require_servable, to_torch
@@ -97,7 +96,7 @@ def train(
     out = Path(spec.out)
     with storage_errors("make", spec.out):
         (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    with _alone(out), _threads(spec.threads), _stop_on_signal() as stopped:
+    with _alone(out), _threads(spec.threads), stop_on_signal() as stopped:
         plan, evaluation_plan = require_fit(spec)
         record = read_result(out)
         if record is not None:
@@ -249,28 +248,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or SIGINT has come; a second one ends the process as it would have."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop.is_set  # only the main thread may set handlers
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(*_: object) -> None:
-        stop.set()
-        restore()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield stop.is_set
-    finally:
-        restore()

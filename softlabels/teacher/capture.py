@@ -1,10 +1,7 @@
 """Capture: a teacher labels a source once, unit by unit, into a table."""
 
-import contextlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -12,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from softlabels.errors import TryAgainError
+from softlabels.signals import stop_on_signal
 from softlabels.store import shards
 from softlabels.store.inspect import row_keys
 from softlabels.store.table import Table
@@ -76,7 +74,7 @@ def capture(spec: CaptureSpec, progress: Progress | None = None) -> Report:
     """
     began = time.monotonic()
     progress = progress or Progress()
-    with _stop_on_signal() as stopped:
+    with stop_on_signal() as stopped:
         run, teacher = prepare(spec)
         labeller = Labeller(run, teacher)
         table = labeller.table()
@@ -193,21 +191,6 @@ class _Worker:
         keys = [row_keys(batch) for batch in table.batches(["example_id", "view"], new)]
         self._elsewhere = np.concatenate([self._elsewhere, *keys])
         self._looked_at |= {file.path for file in new}
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop.is_set  # only the main thread may set handlers
-        return
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
-    try:
-        yield stop.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _now() -> str:

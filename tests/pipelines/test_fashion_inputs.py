@@ -154,7 +154,8 @@ def test_committed_training_rows_are_the_first_of_the_documented_order() -> None
 
 def test_a_table_written_twice_has_the_same_bytes(tmp_path: Path) -> None:
     pixels, _ = some_images(5)
-    table = make_data.as_table("test", np.arange(5), pixels, np.arange(5, dtype=np.int32))
+    labels = np.arange(5, dtype=np.int32)
+    table = make_data.as_table("test", np.arange(5), pixels, labels, ["test"] * 5)
     make_data.write(table, tmp_path / "a")
     make_data.write(table, tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -198,3 +199,9 @@ def test_the_committed_inputs_fit_their_budget() -> None:
     sizes = {name: (FOLDER / name).stat().st_size for name in names}
     assert sum(sizes.values()) <= 12_000_000, sizes
     assert "Zalando SE" in (FOLDER / "LICENSE-fashion-mnist.txt").read_text(encoding="utf-8")
+
+
+def test_the_last_committed_training_rows_are_kept_for_choosing() -> None:
+    parts = committed("train")["part"].to_pylist()
+    assert parts == ["train"] * 12_000 + ["validation"] * 3_000
+    assert set(committed("test")["part"].to_pylist()) == {"test"}
