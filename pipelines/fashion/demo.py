@@ -27,7 +27,7 @@ from pipelines.fashion.student import MLPStudent
 from softlabels.cli.output import print_table
 from softlabels.plan import Plan
 from softlabels.query.mix import mix
-from softlabels.query.recipe import load_recipe
+from softlabels.query.recipe import Recipe
 from softlabels.report.pictures import (
     Curve,
     LabelledImage,
@@ -36,7 +36,6 @@ from softlabels.report.pictures import (
     draw_labels,
     draw_reliability,
 )
-from softlabels.specs import load_spec
 from softlabels.store.inspect import describe
 from softlabels.store.table import Table
 from softlabels.student.evaluate import evaluate, evaluate_teacher
@@ -116,7 +115,7 @@ def make_plans() -> dict[str, Path]:
     plans = {"test": folder / "test.parquet"}
     softlabels("mix", f"{HERE}/mix-test.yaml", "-o", str(plans["test"]))
     softlabels("mix", f"{HERE}/mix.yaml", "-o", str(folder / "rows300-seed100.parquet"))
-    recipe = load_recipe(HERE / "mix.yaml")
+    recipe = Recipe.read(HERE / "mix.yaml")
     for rows in sorted({arm.rows for arm in ARMS}):
         for seed in SEEDS:
             source = recipe.sources["fashion"].model_copy(update={"limit": rows})
@@ -151,7 +150,7 @@ def train_arm(arm: Arm, plans: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 def measure_teacher(plan: Path) -> dict[str, Any]:
     """The teacher on the test split, run live and by the same measure as its students."""
-    teacher = load_teacher(load_spec(HERE / "capture-test.yaml", CaptureSpec)).module
+    teacher = load_teacher(CaptureSpec.read(HERE / "capture-test.yaml")).module
     live = evaluate(teacher, Plan.read(plan), decode, ["image"]).as_dict()
     stored = evaluate_teacher(Plan.read(plan))
     if abs(live["accuracy"] - (stored.accuracy or 0)) > 1e-3:
@@ -161,7 +160,7 @@ def measure_teacher(plan: Path) -> dict[str, Any]:
 
 def forward_rates() -> dict[str, float]:
     """Examples a second of both models' forward passes: batches of 256, alternated, medians."""
-    teacher = load_teacher(load_spec(HERE / "capture-test.yaml", CaptureSpec)).module
+    teacher = load_teacher(CaptureSpec.read(HERE / "capture-test.yaml")).module
     models: dict[str, Any] = {"teacher": teacher, "student": MLPStudent().eval()}
     images = torch.randn(256, 1, 28, 28)
     rates: dict[str, list[float]] = {name: [] for name in models}

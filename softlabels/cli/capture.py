@@ -32,10 +32,9 @@ def capture(
     The same command again goes on where it stopped, however it stopped; when nothing is left it
     says so and exits 0. Stopped by a signal it exits 75 and loses nothing.
     """
-    from softlabels.specs import load_spec
     from softlabels.teacher.spec import CaptureSpec
 
-    loaded = load_spec(spec, CaptureSpec, changes or ())
+    loaded = CaptureSpec.read(spec, changes or ())
     if dry_run:
         from softlabels.teacher.estimate import estimate
 

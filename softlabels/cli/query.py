@@ -87,11 +87,11 @@ def mix(
     from softlabels.errors import BadInputError
     from softlabels.query.mix import mix as make
     from softlabels.query.mix import pin
-    from softlabels.query.recipe import load_recipe
+    from softlabels.query.recipe import Recipe
 
     if (output is None) != explain:
         raise BadInputError("say where the plan goes with -o PLAN.parquet, or only --explain it")
-    plan = make(load_recipe(recipe))
+    plan = make(Recipe.read(recipe))
     tags = [] if no_pin or explain else pin(plan)
     if output is not None:
         plan.write(output)

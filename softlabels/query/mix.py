@@ -24,6 +24,8 @@ from softlabels.storage import open_root
 from softlabels.store import tags
 from softlabels.store.table import Table, TableFile
 
+__all__ = ["Recipe", "mix", "pin"]
+
 _ALIKE = ("num_classes", "classes", "tokenizer_sha256", "alignment")
 """What tables of one plan must have in common for a student to learn from all of them."""
 

@@ -82,6 +82,23 @@ class Recipe(_Settings):
     seed: int = 0
     rows: Annotated[int, Field(gt=0)] | None = None
 
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """The recipe in a YAML file.
+
+        Raises:
+            BadInputError: the file is no YAML mapping, a key is unknown or double, a value is
+                wrong, or `where` is not one expression.
+        """
+        recipe = load_spec(path, cls)
+        for name, source in recipe.sources.items():
+            if source.where is not None:
+                try:
+                    check_expression(source.where)
+                except BadInputError as error:
+                    raise BadInputError(f"{os.fspath(path)}: source {name!r}: {error}") from error
+        return recipe
+
     @model_validator(mode="after")
     def _all_weights_or_none(self) -> Self:
         without = [name for name, source in self.sources.items() if source.weight is None]
@@ -104,20 +121,3 @@ class Recipe(_Settings):
         ]
         rows = {} if self.rows is None else {"rows": self.rows}
         return {"seed": self.seed, "sources": sources, **rows}
-
-
-def load_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """The recipe in a YAML file.
-
-    Raises:
-        BadInputError: the file is no YAML mapping, a key is unknown or double, a value is wrong,
-            or `where` is not one expression.
-    """
-    recipe = load_spec(path, Recipe)
-    for name, source in recipe.sources.items():
-        if source.where is not None:
-            try:
-                check_expression(source.where)
-            except BadInputError as error:
-                raise BadInputError(f"{os.fspath(path)}: source {name!r}: {error}") from error
-    return recipe

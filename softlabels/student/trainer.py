@@ -31,6 +31,8 @@ from softlabels.student.saved import read_result, require_same, restore_student
 from softlabels.student.spec import LossSpec, OptimizerSpec, RunSpec
 from softlabels.student.stream import Batch
 
+__all__ = ["Progress", "RunSpec", "Trained", "learning_rate", "require_fit", "train"]
+
 
 class Progress(NamedTuple):
     """What a step reports.

@@ -17,6 +17,8 @@ from softlabels.teacher.labeller import Labeller
 from softlabels.teacher.run import Keys, Run, Scan, Unit, prepare, scan
 from softlabels.teacher.spec import CaptureSpec
 
+__all__ = ["CaptureSpec", "Progress", "Report", "capture"]
+
 
 @dataclass
 class Progress:

@@ -1,12 +1,15 @@
 """The capture spec: which teacher labels which data, and what is kept."""
 
 import math
+import os
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from softlabels.fingerprint import canonical_json
 from softlabels.schema import temperature_suffix
+from softlabels.specs import load_spec
 
 ROWS_PER_SHARD = 50_000
 
@@ -107,6 +110,15 @@ class CaptureSpec(_Settings):
     shard_rows: Annotated[int, Field(ge=1, le=10_000_000)] = ROWS_PER_SHARD
     batch_size: Annotated[int, Field(ge=1)] = 256
     device: str = "auto"
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], changes: Sequence[str] = ()) -> Self:
+        """The spec in a YAML file, with "dotted.key=value" changes that win over it.
+
+        Raises:
+            BadInputError: a key is unknown or a value is wrong.
+        """
+        return load_spec(path, cls, changes)
 
     @field_validator("table")
     @classmethod

@@ -125,6 +125,7 @@ def test_committed_rows_are_counted_typed_unique_and_balanced(
         ("example_id", "string", False),
         ("image", "binary", False),
         ("label", "int32", False),
+        ("part", "string", False),
     ]
     assert tuple(json.loads(table.schema.metadata[b"classes"])) == CLASSES
     ids = table["example_id"].to_pylist()

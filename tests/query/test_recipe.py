@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from softlabels.errors import BadInputError
-from softlabels.query.recipe import Recipe, load_recipe
+from softlabels.query.recipe import Recipe
 
 
 def load(folder: Path, value: Any) -> Recipe:
     path = folder / "recipe.yaml"
     path.write_text(value if isinstance(value, str) else yaml.safe_dump(value, sort_keys=False))
-    return load_recipe(path)
+    return Recipe.read(path)
 
 
 def refusal(folder: Path, value: Any) -> str:
@@ -101,4 +101,4 @@ def test_what_cannot_be_meant_is_one_line(tmp_path: Path, value: Any, message: s
 
 def test_a_missing_recipe_is_said(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="no file"):
-        load_recipe(tmp_path / "none.yaml")
+        Recipe.read(tmp_path / "none.yaml")
