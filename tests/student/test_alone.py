@@ -5,11 +5,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import venv
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -79,8 +79,8 @@ def copy_installation(target: Path) -> None:
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
     """A folder with a plan made elsewhere, its table copied beside it, and the student's code."""
-    features = pa.array([os.urandom(16) for _ in range(300)])
-    features = pa.array([bytes(16 - len(b)) + b for b in features.to_pylist()], pa.binary())
+    values = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+    features = pa.array([row.tobytes() for row in values], pa.binary())
     make_table(tmp_path / "elsewhere" / "labels", carried={"features": features})
     source = Source(table=str(tmp_path / "elsewhere" / "labels"))
     mix(Recipe(sources={"labels": source})).write(tmp_path / "elsewhere" / "plan.parquet")
@@ -129,6 +129,4 @@ def test_trains_and_evaluates_after_pip_install(machine: Path, tmp_path: Path) -
     python = tmp_path / "env" / "bin" / "python"
     install = [str(python), "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
     subprocess.run([*install, ".[student]"], cwd=ROOT, check=True)
-    assert (tmp_path / "env").exists()
-    assert sys.executable != str(python)
     train_and_evaluate(python, machine)
