@@ -125,7 +125,11 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of the logical content: entries, recipe, what tables hold; no locations."""
+        """The sha256 of the logical content: entries, recipe, what tables hold.
+
+        Files count by their bytes, not by their names, and locations do not count: the same
+        recipe on the same labels has the same fingerprint anywhere.
+        """
         return sha256_json(
             {
                 "format_version": FORMAT_VERSION,
@@ -136,13 +140,23 @@ class Plan:
                         "name": t.name,
                         "digest": t.snapshot_digest,
                         "contents": t.contents.digest(),
-                        "files": sorted(canonical_json(f.model_dump()) for f in t.files),
+                        "files": sorted(
+                            canonical_json(f.model_dump(exclude={"path"})) for f in t.files
+                        ),
                     }
                     for t in sorted(self.tables.values(), key=lambda t: t.name)
                 ],
-                "entries": _entries_digest(self.entries),
+                "entries": _entries_digest(self._entries_by_content()),
             }
         )
+
+    def _entries_by_content(self) -> pa.Table:
+        """The entries with each file's sha256 in the place of its path."""
+        digests = {(t.name, f.path): f.sha256 for t in self.tables.values() for f in t.files}
+        pairs = zip(*(self.entries[name].to_pylist() for name in ("table", "file")), strict=True)
+        named = pa.array([digests.get(pair, pair[1]) for pair in pairs], pa.string())
+        place = self.entries.schema.get_field_index("file")
+        return self.entries.set_column(place, ENTRIES.field("file"), named)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan to a local path or URI; equal plans give equal bytes."""

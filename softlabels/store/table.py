@@ -198,8 +198,12 @@ class Table:
 
     @cached_property
     def snapshot_digest(self) -> str:
-        """The sha256 of what this version holds: contents and the set of files."""
-        lines = [f"{file.path} {file.size} {file.num_rows}" for file in self.files]
+        """The sha256 of what this version holds: contents and each unit's bytes.
+
+        Which attempt stored a unit does not count: the same labels captured again have the same
+        digest, and so the same plans.
+        """
+        lines = [f"{f.unit} {f.sha256} {f.size} {f.num_rows}" for f in self.files]
         return sha256_lines([*lines, self.contents.digest()])
 
     def latest(self) -> Self:

@@ -37,7 +37,7 @@ PINNED = {
         ],
     },
 }
-PLAN_FINGERPRINT = "f87ac6e1d8fe9ef0f374bcf861fb94f7948e2dc196fb625c1dbcfb51b3eeb1db"
+PLAN_FINGERPRINT = "870845862b211f7c687073269a35379dd33cb9590fa0ecdbffb7baea8aba6a28"
 
 
 def golden(profile: shards.Profile) -> pa.RecordBatch:

@@ -335,3 +335,14 @@ def test_lowest_breaks_ties_by_place() -> None:
     assert lowest(keys, 3).tolist() == [0, 1, 3]
     assert lowest(keys, 4).tolist() == [0, 1, 2, 3]
     assert lowest(keys, 99).tolist() == list(range(6))
+
+
+def test_the_same_labels_captured_again_give_the_same_plan(tmp_path: Path) -> None:
+    first, again = (make_table(tmp_path / name) for name in ("first", "again"))
+    assert {file.path for file in first.files}.isdisjoint(file.path for file in again.files)
+    plans = [mix(Recipe(sources={"all": Source(table=t.root.uri)})) for t in (first, again)]
+    assert plans[0].fingerprint == plans[1].fingerprint
+    other = make_table(tmp_path / "other", seed=1)
+    assert mix(Recipe(sources={"all": Source(table=other.root.uri)})).fingerprint not in {
+        plan.fingerprint for plan in plans
+    }
