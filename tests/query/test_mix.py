@@ -15,7 +15,7 @@ from softlabels.errors import BadInputError, IntegrityError, MismatchError
 from softlabels.plan import Plan
 from softlabels.query import view
 from softlabels.query.mix import mix, pin
-from softlabels.query.recipe import Recipe
+from softlabels.query.recipe import Recipe, Source
 from softlabels.query.selection import lowest
 from softlabels.store import tags
 from softlabels.store.table import Table
