@@ -1,5 +1,5 @@
 """`python -m softlabels`: the same as the `softlabels` command."""
 
-from softlabels.cli import main
+from softlabels.cli import run
 
-main()
+run()

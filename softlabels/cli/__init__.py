@@ -5,6 +5,6 @@ that stays; 2: wrong use; 75: try again. Each command imports its part when it r
 is quick and a student's machine needs no database.
 """
 
-from softlabels.cli.main import main
+from softlabels.cli.main import main, run
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
