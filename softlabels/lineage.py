@@ -1,5 +1,6 @@
 """Where labels come from: what a table version, a plan and a student checkpoint say of them."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -39,8 +40,16 @@ class TeacherLineage(_Frozen):
     decode_sha256: str | None = None
 
     def fingerprint(self) -> str:
-        """The sha256 of all that decides what the teacher says; its name does not."""
-        return sha256_json(self.model_dump(exclude={"name", "revision"}))
+        """The sha256 of all that decides what the teacher says; its name does not.
+
+        Code that its source file imports is not seen: a new `revision` says that it changed.
+        """
+        found = self.model_dump(exclude={"name"}, exclude_defaults=True)
+        for part, source in (("code", self.code_sha256), ("decode", self.decode_sha256)):
+            if source is not None and part in found:
+                # The source's sha256 says which file it is; its path differs by machine.
+                found[part] = found[part].rpartition(":")[2]
+        return sha256_json(json.loads(json.dumps(found)))  # as JSON keys sort: 10 before 2
 
 
 class Contents(_Frozen):
@@ -80,8 +89,11 @@ class Contents(_Frozen):
     seed: int = 0
 
     def digest(self) -> str:
-        """The sha256 of these contents."""
-        return sha256_json(self.model_dump(mode="json"))
+        """The sha256 of these contents.
+
+        Defaults are left out, so that a field added later does not change what is stored today.
+        """
+        return sha256_json(self.model_dump(mode="json", exclude_defaults=True))
 
     def require_same(self, other: "Contents", here: str, there: str) -> None:
         """Raises MismatchError with both values at the first field that differs.

@@ -141,7 +141,8 @@ class Plan:
                         "digest": t.snapshot_digest,
                         "contents": t.contents.digest(),
                         "files": sorted(
-                            canonical_json(f.model_dump(exclude={"path"})) for f in t.files
+                            canonical_json(f.model_dump(exclude={"path"}, exclude_defaults=True))
+                            for f in t.files
                         ),
                     }
                     for t in sorted(self.tables.values(), key=lambda t: t.name)

@@ -17,6 +17,10 @@ FORMAT_VERSION = 1
 ROW_GROUP_POSITIONS = 5_000
 """Least positions a full row group holds: below it, decoding costs up to 8 times as much."""
 
+ROW_GROUP_BYTES = 64 << 20
+"""Bytes in memory at which a row group ends all the same: carried images may be large, and Arrow
+joins at most 2 GB of a column."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -91,6 +95,11 @@ def table_schema(temperatures: Iterable[float] = (), carried: Iterable[pa.Field]
             raise BadInputError(
                 f"carry: column {field.name!r} has the name of a softlabels column or of another "
                 "carried one (case is ignored): rename it in the source"
+            )
+        if "." in field.name:
+            raise BadInputError(
+                f"carry: column {field.name!r} has a dot, which Parquet takes for nesting: rename "
+                "it in the source"
             )
         fields.append(pa.field(field.name, portable_type(field)))
         names.add(field.name.lower())

@@ -16,9 +16,10 @@ def test_contents_and_runs_survive_json() -> None:
 
 def test_a_teachers_fingerprint_is_of_what_decides_what_it_says() -> None:
     teacher = TeacherLineage(name="a", kind="torch", code="m:f", weights_sha256="1" * 64)
-    renamed = teacher.model_copy(update={"name": "b", "revision": "r2"})
+    renamed = teacher.model_copy(update={"name": "b"})
     assert renamed.fingerprint() == teacher.fingerprint()
     for change in (
+        {"revision": "r2"},
         {"code": "m:g"},
         {"code_sha256": "2" * 64},
         {"arguments": {"width": 3}},
@@ -29,6 +30,30 @@ def test_a_teachers_fingerprint_is_of_what_decides_what_it_says() -> None:
     ):
         changed = teacher.model_copy(update=change)
         assert changed.fingerprint() != teacher.fingerprint(), change
+
+
+def test_a_file_is_known_by_its_content_not_by_its_place() -> None:
+    here = TeacherLineage(name="a", kind="torch", code="m.py:M", code_sha256="1" * 64)
+    there = here.model_copy(update={"code": "/elsewhere/m.py:M"})
+    assert there.fingerprint() == here.fingerprint()
+    other_class = here.model_copy(update={"code": "m.py:N"})
+    assert other_class.fingerprint() != here.fingerprint()
+
+
+def test_a_fingerprint_outlives_json() -> None:
+    # As JSON keys 10 sorts before 2, as numbers after it.
+    labels = {"id2label": {number: str(number) for number in range(12)}}
+    teacher = TeacherLineage(name="a", kind="torch", code="m:f", arguments=labels)
+    stored = TeacherLineage.model_validate_json(teacher.model_dump_json())
+    assert stored.fingerprint() == teacher.fingerprint()
+
+
+def test_a_field_added_later_changes_no_digest() -> None:
+    class Later(Contents):
+        view_policy: str | None = None
+
+    contents = make_contents()
+    assert Later.model_validate_json(contents.model_dump_json()).digest() == contents.digest()
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class Source(_Settings):
     fraction: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
     limit: Annotated[int, Field(gt=0)] | None = None
     weight: Positive | None = None
-    repeats: Positive | None = None
+    repeats: Annotated[FiniteFloat, Field(gt=0, le=1_000_000)] | None = None
     loss_weight: Positive = 1.0
     stage: Annotated[int, Field(ge=0, lt=2**31)] = 0
 

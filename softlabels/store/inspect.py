@@ -19,7 +19,7 @@ def describe(table: Table) -> dict[str, Any]:
     contents = table.contents
     sizes: dict[str, int] = {}
     for file in table.files:
-        opened = shards.open_shard(table.root.read(file.path), file.path)
+        opened = shards.open_shard(table.root.buffer(file.path), file.path)
         for name, size in shards.bytes_by_column(opened).items():
             sizes[name] = sizes.get(name, 0) + size
     rows = max(1, table.num_rows)
@@ -89,10 +89,10 @@ def verify(table: Table, done: Callable[[], None] = lambda: None) -> dict[str, A
 
 
 def _verify_file(table: Table, file: TableFile) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    data = table.root.read(file.path)
+    data = table.root.buffer(file.path)
     if len(data) != file.size:
         raise SoftLabelsError(f"{len(data)} bytes, the log says {file.size}")
-    if (found := sha256_bytes(data)) != file.sha256:
+    if (found := sha256_bytes(memoryview(data))) != file.sha256:
         raise SoftLabelsError(f"sha256 is {found}, its name says {file.sha256}")
     opened = shards.open_shard(data, file.path)
     if opened.metadata.num_rows != file.num_rows:

@@ -293,7 +293,7 @@ class Table:
     ) -> Iterator[pa.RecordBatch]:
         """The rows, one record batch a row group, files in order."""
         for file in self.files if files is None else files:
-            opened = shards.open_shard(self.root.read(file.path), file.path)
+            opened = shards.open_shard(self.root.buffer(file.path), file.path)
             for group in range(opened.num_row_groups):
                 yield shards.read_row_groups(opened, file.path, [group], columns)
 

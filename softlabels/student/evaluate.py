@@ -215,13 +215,26 @@ class _Collected:
 def _each_row_once(
     plan: Plan, batch_size: int, columns: Sequence[str], roots: Mapping[str, str] | None
 ) -> Iterator[Any]:
-    """Batches of the plan in its order, repeats left out."""
-    rows = [entry | {"repeats": 1} for entry in plan.entries.to_pylist()]
-    once = dataclasses.replace(plan, entries=entries_table(rows))
+    """Batches of the plan in its order; a row that several entries take comes once."""
+    once = dataclasses.replace(plan, entries=entries_table(_distinct(plan)))
     stream = Stream(
         once, batch_size=batch_size, epochs=1, shuffle=False, columns=tuple(columns), roots=roots
     )
     return iter(stream)
+
+
+def _distinct(plan: Plan) -> list[dict[str, Any]]:
+    merged: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for entry in plan.entries.to_pylist():
+        key = (entry["table"], entry["file"], entry["row_group"])
+        held = merged.setdefault(key, entry | {"repeats": 1})
+        if held["rows"] is None or entry["rows"] is None:
+            whole = held if held["rows"] is None else entry
+            held |= {"rows": None, "num_rows": whole["num_rows"]}
+        else:
+            rows = sorted({*held["rows"], *entry["rows"]})
+            held |= {"rows": rows, "num_rows": len(rows)}
+    return list(merged.values())
 
 
 @contextlib.contextmanager

@@ -74,9 +74,9 @@ class Files:
         _check_size(root, file)
         full = root.full(path)
         with storage_errors("read", full), pa.memory_map(full) as source:
-            data = memoryview(source.read_buffer())
+            data = source.read_buffer()
         if key not in self._verified:
-            _check_sha256(root, file, data)
+            _check_sha256(root, file, memoryview(data))
         shard = _open(root, file, data)
         self._verified.add(key)
         self._open[key] = shard
@@ -97,7 +97,7 @@ class Files:
         # Untouched pages of an anonymous map take no memory: a file with only the bytes needed.
         sparse = mmap.mmap(-1, file.size)
         sparse[file.size - len(self._footers[key]) :] = self._footers[key]
-        shard = _open(root, file, memoryview(sparse))
+        shard = _open(root, file, pa.py_buffer(sparse))
         _check_group(root, path, shard, group)
         starts, ends = _ranges(shard.metadata, group, columns)
         full = root.full(path)
@@ -128,7 +128,7 @@ def _check_sha256(root: Root, file: PlanFile, data: memoryview) -> None:
         )
 
 
-def _open(root: Root, file: PlanFile, data: memoryview) -> pq.ParquetFile:
+def _open(root: Root, file: PlanFile, data: memoryview | pa.Buffer) -> pq.ParquetFile:
     where = f"{root.uri}/{file.path}"
     if (found := sha256_bytes(shards.footer(data))) != file.footer_sha256:
         raise IntegrityError(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from softlabels.errors import DataError, TryAgainError
+from softlabels.errors import DataError, SoftLabelsError, TryAgainError
 from softlabels.plan import Plan
 from softlabels.signals import stop_on_signal
 from softlabels.storage import storage_errors
@@ -181,9 +181,9 @@ def _forward(run: Run, batch: Batch) -> DistillationLoss:
     # Hard labels alone need no tail mode, and so no draws.
     tail = loss.tail if loss.kd_weight else "bucket"
     inputs = to_torch(batch, loss.temperature, run.device, draws=tail == "sampled")
-    logits = logits_of(
-        run.model, run.decode(batch.columns), len(inputs.weights), run.num_classes, run.device
-    )
+    rows = len(inputs.weights)
+    with _users_code(run, batch):
+        logits = logits_of(run.model, run.decode(batch.columns), rows, run.num_classes, run.device)
     return distillation_loss(
         logits,
         inputs.targets,
@@ -195,6 +195,21 @@ def _forward(run: Run, batch: Batch) -> DistillationLoss:
         normalizer=batch.global_weight,
         validate=batch.epoch == 0,  # later epochs bring the same rows
     )
+
+
+@contextlib.contextmanager
+def _users_code(run: Run, batch: Batch) -> Iterator[None]:
+    """One line where the student or its decode fails, such as batch norm on a single row."""
+    try:
+        yield
+    except SoftLabelsError:
+        raise
+    except Exception as error:
+        first, last = batch.example_ids[0].as_py(), batch.example_ids[-1].as_py()
+        raise DataError(
+            f"step {run.step + 1}: the student or its decode failed on {len(batch)} rows, "
+            f"{first!r} to {last!r}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _update(run: Run, lr: float, batch: Batch, parts: DistillationLoss) -> None:

@@ -5,6 +5,7 @@ again is the same run, on any machine, at any batch size.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -187,7 +188,9 @@ def content_digests(run: Run, batch: pa.RecordBatch, first_row: int) -> list[str
 def _digest(values: tuple[Any, ...]) -> str:
     digest = hashlib.sha256()
     for value in values:
-        data = value if isinstance(value, bytes) else repr(value).encode()
+        # JSON is the same in any release of Python and of time zone libraries; repr is not.
+        plain = isinstance(value, bytes)
+        data = b"b" + value if plain else b"j" + json.dumps(value, default=str).encode()
         # The length first, so that ("ab", "c") and ("a", "bc") differ.
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()

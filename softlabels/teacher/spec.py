@@ -142,6 +142,11 @@ class CaptureSpec(_Settings):
     def _fits(self) -> Self:
         if self.k > self.teacher.num_classes:
             raise ValueError(f"k is {self.k}, the teacher has {self.teacher.num_classes} classes")
+        if self.profile == "compact" and self.temperatures:
+            raise ValueError(
+                "profile compact has no levels below -23.7 nats, which another temperature "
+                "needs: use profile precise with temperatures"
+            )
         if self.k == 0 and self.draws == 0:
             raise ValueError("k and draws are both 0: nothing would be stored")
         if self.draws_temperature not in (1.0, *self.temperatures):

@@ -19,7 +19,7 @@ FOLDER = make.FOLDER
 MADE_BY = json.loads((FOLDER / "made_by.json").read_text())["pyarrow"]
 PINNED = {
     "compact": {
-        "sha256": "51ee7567b83f935c620e63515dc44f132f9d1de584aebab3d31af58c90b4c1ca",
+        "sha256": "f429fac974856d749eddf547c3a3d01bb67298a7a06af3b3151232560dc8e3eb",
         "topk_logprobs": [
             [-0.6871614456176758, -1.379141926765442],
             [-0.29014307260513306, -2.0901150703430176],
@@ -28,7 +28,7 @@ PINNED = {
         ],
     },
     "precise": {
-        "sha256": "65b01f64007d115bd01d966fb80bd30f23eb1410c5c7424f5741258e992f385c",
+        "sha256": "391a05fcfc71003bf28489957ea689550eade47e77ca81b9f3acee151a6399ce",
         "topk_logprobs": [
             [-0.693359375, -1.38671875],
             [-0.28759765625, -2.080078125],
@@ -37,7 +37,7 @@ PINNED = {
         ],
     },
 }
-PLAN_FINGERPRINT = "870845862b211f7c687073269a35379dd33cb9590fa0ecdbffb7baea8aba6a28"
+PLAN_FINGERPRINT = "f71b9609f095688b03c2ed385dedd81bba02cb36c0abef4a029067e23e9652e9"
 
 
 def golden(profile: shards.Profile) -> pa.RecordBatch:
@@ -88,7 +88,7 @@ def test_lineage_reads_as_what_was_recorded() -> None:
         assert contents == make.contents(profile)
         assert contents.digest() == PINNED[profile]["sha256"]
         assert contents.teacher.fingerprint() == (
-            "17f2123a83c9a6f3a3df333a41c70687b4af2f75301be224bf7153523341c7cf"
+            "9f07fcacd380e29ac1f27311745b009b5c3792b2033af1ca3afc02ce64ee9f1b"
         )
     assert RunLineage.model_validate(records["run"]) == make.lineage()
 

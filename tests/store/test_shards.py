@@ -292,3 +292,11 @@ def test_metadata_is_kept_in_the_file() -> None:
     metadata = open_shard(shard.data, "s").metadata.metadata
     assert metadata[b"softlabels.unit"] == b"u"
     assert metadata[shards.FORMAT_KEY] == str(FORMAT_VERSION).encode()
+
+
+def test_a_row_group_also_ends_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = open_shard(made_shard(rows=40)[0].data, "s")
+    monkeypatch.setattr(shards, "ROW_GROUP_BYTES", 1)
+    split = open_shard(made_shard(rows=40)[0].data, "s")
+    assert split.num_row_groups > whole.num_row_groups == 1
+    assert split.read().equals(whole.read())

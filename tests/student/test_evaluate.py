@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.errors import BadInputError, MismatchError
-from softlabels.plan import Plan
+from softlabels.plan import Plan, entries_table
 from softlabels.student.evaluate import BINS, evaluate, evaluate_teacher, reliability
 from softlabels.student.spec import RunSpec
 from softlabels.student.trainer import train
@@ -189,3 +190,17 @@ def test_figures_on_the_training_plan_match_the_trainer(tmp_path: Path) -> None:
     trained = train(spec, model=student)
     found = evaluate(student, Plan.read(path), decode, ["features"])
     assert trained.record["evaluation"]["kl_to_teacher"] == found.kl_to_teacher
+
+
+def test_a_row_that_two_entries_take_counts_once(tmp_path: Path) -> None:
+    table = make_table(tmp_path / "t", rows=100)
+    plan = make_plan(table)
+    rows = plan.entries.to_pylist()
+    first = rows[0] | {"rows": [0, 3], "num_rows": 2}
+    doubled = dataclasses.replace(plan, entries=entries_table([first, *rows, *rows[:2]]))
+    assert evaluate_teacher(doubled).rows == 100
+    half = [
+        row | {"rows": part, "num_rows": len(part)} for row in rows for part in ([1, 3], [3, 4])
+    ]
+    some = dataclasses.replace(plan, entries=entries_table(half))
+    assert evaluate_teacher(some).rows == 3 * len(rows)

@@ -443,3 +443,12 @@ def test_learning_rate_schedules() -> None:
     assert cosine[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert cosine[7] == pytest.approx(0.5)
     assert all(late < early for early, late in itertools.pairwise(cosine[4:]))
+
+
+def test_a_students_own_failure_is_one_line_that_names_the_rows(tmp_path: Path) -> None:
+    def broken(columns: Any) -> Any:
+        raise KeyError("no such thing")
+
+    spec = run_spec(tmp_path, make_problem(tmp_path))
+    with pytest.raises(DataError, match=r"step 1: the student or its decode failed on \d+ rows"):
+        train(spec, decode=broken)

@@ -254,7 +254,7 @@ def test_another_kind_of_label_is_refused(
 
 @pytest.mark.parametrize(
     ("k", "draws", "temperatures", "profile"),
-    [(6, 0, [2], "precise"), (0, 4, [0.5], "precise"), (2, 3, [4], "compact")],
+    [(6, 0, [2], "precise"), (0, 4, [0.5], "precise"), (2, 3, [], "compact")],
 )
 def test_every_shape_of_row_is_whole(
     folder: Path, k: int, draws: int, temperatures: list[float], profile: str

@@ -37,7 +37,7 @@ def run_of(folder: Path, **changes: Any) -> Run:
     [
         {"batch_size": 3},
         {"table": "/elsewhere"},
-        {"teacher": {"name": "other", "revision": "r2"}},
+        {"teacher": {"name": "other"}},
     ],
 )
 def test_what_is_no_part_of_the_id(folder: Path, changes: dict[str, Any]) -> None:
