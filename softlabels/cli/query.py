@@ -207,12 +207,18 @@ def _encode(result: "pa.Table", kind: Format) -> bytes:
 def _cell(value: Any) -> Any:
     import json
 
-    return json.dumps(_plain(value), default=str) if isinstance(value, list | dict) else value
+    if isinstance(value, list | dict):
+        return json.dumps(_plain(value), default=str)
+    return _plain(value) if isinstance(value, bytes) else value
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: no NaN and no infinity, which become null."""
+    """`value` as JSON can hold it: NaN and infinity become null, bytes become base64."""
+    import base64
     import math
+
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
 
     if isinstance(value, float):
         return value if math.isfinite(value) else None

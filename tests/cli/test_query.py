@@ -92,6 +92,13 @@ def test_query_formats_hold_the_same_rows(run: Runner, table: Table, tmp_path: P
     assert [row["never"] for row in rows] == ["-inf"] * 3
 
 
+def test_bytes_are_base64_in_text_and_counted_in_a_table(run: Runner, table: Table) -> None:
+    sql = "SELECT 'abc'::BLOB AS image FROM labels LIMIT 1"
+    assert json.loads(run("query", table.root.uri, sql, "--json").stdout) == [{"image": "YWJj"}]
+    assert "YWJj" in run("query", table.root.uri, sql, "--format", "csv").stdout
+    assert "<3 bytes>" in run("query", table.root.uri, sql).stdout
+
+
 def test_query_refuses_on_one_line(run: Runner, table: Table, tmp_path: Path) -> None:
     uri = table.root.uri
     assert "exactly one SELECT" in refused(softlabels("query", uri, "DROP VIEW labels"))
