@@ -234,6 +234,10 @@ class Plan:
             f"say where it is with --root {name}=URI"
         )
 
+    def roots_of(self, roots: Mapping[str, str]) -> dict[str, str]:
+        """Those of `roots` that name a table of this plan: a run gives them for all its plans."""
+        return {name: uri for name, uri in roots.items() if name in self.tables}
+
     def _check(self, fingerprint: str) -> None:
         if fingerprint != self.fingerprint:
             raise IntegrityError(

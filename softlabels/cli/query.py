@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from softlabels.plan import Plan
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Write over a file that is there already.")
+]
 Format = Literal["table", "csv", "json", "parquet"]
 
 
@@ -42,6 +45,7 @@ def query(
     limit: Annotated[
         int, typer.Option("--limit-print", min=0, help="Most rows that a printed table shows.")
     ] = 50,
+    force: ForceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run one SELECT over a table version: labels, positions, entries, classes.
@@ -52,6 +56,7 @@ def query(
 
     kind = "json" if as_json else as_format or _format_of(output)
     _check_output(kind, output)
+    _check_free(output, force)
     result = run(table, sql)
     if output is not None:
         from softlabels.storage import open_root
@@ -75,6 +80,7 @@ def mix(
     no_pin: Annotated[
         bool, typer.Option("--no-pin", help="Do not tag the table versions that it reads.")
     ] = False,
+    force: ForceOption = False,
     as_json: JsonOption = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Only say what the plan would be; nothing is made.")
@@ -91,6 +97,7 @@ def mix(
 
     if (output is None) != explain:
         raise BadInputError("say where the plan goes with -o PLAN.parquet, or only --explain it")
+    _check_free(output, force, "plan")
     plan = make(Recipe.read(recipe))
     tags = [] if no_pin or explain else pin(plan)
     if output is not None:
@@ -177,6 +184,21 @@ def _check_output(kind: Format, output: Path | None) -> None:
         raise BadInputError("Parquet goes to a file: add -o FILE.parquet")
     if output is not None and kind == "table":
         raise BadInputError(f"in which format {str(output)!r}? --format csv, json or parquet")
+
+
+def _check_free(output: Path | None, force: bool, kind: str = "") -> None:
+    """Refuses to write over a file; a plan may replace a plan."""
+    from softlabels.errors import BadInputError, SoftLabelsError
+    from softlabels.plan import Plan
+
+    if output is None or force or not output.exists():
+        return
+    try:
+        if kind == "plan" and Plan.read(output):
+            return
+    except SoftLabelsError:
+        pass
+    raise BadInputError(f"{str(output)!r} is there already: choose another, or add --force")
 
 
 def _encode(result: "pa.Table", kind: Format) -> bytes:

@@ -89,7 +89,7 @@ def evaluate(
     opened = Plan.read(path)
     found = {
         "student": evaluate_saved(spec, opened, student).as_dict(),
-        "teacher": evaluate_teacher(opened, roots=spec.roots).as_dict(),
+        "teacher": evaluate_teacher(opened, roots=opened.roots_of(spec.roots)).as_dict(),
     }
     if as_json:
         print_json({"plan_fingerprint": opened.fingerprint, **found})

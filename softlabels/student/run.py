@@ -84,7 +84,7 @@ class Run:
             epochs=spec.epochs,
             columns=spec.inputs.columns,
             temperatures=() if temperature == 1 else (temperature,),
-            roots=spec.roots,
+            roots=plan.roots_of(spec.roots),
         )
         decode = decode or load_decode(spec)
         device = pick_device(spec.device)
@@ -146,7 +146,7 @@ class Run:
             self.evaluation_plan,
             self.decode,
             self.spec.inputs.columns,
-            roots=self.spec.roots,
+            roots=self.evaluation_plan.roots_of(self.spec.roots),
             device=self.device,
         ).as_dict()
         figures = {name: value for name, value in found.items() if name != "bins"}

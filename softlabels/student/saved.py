@@ -117,7 +117,7 @@ def evaluate_saved(spec: RunSpec, plan: Plan, weights: str | None = None) -> Eva
         plan,
         decode,
         spec.inputs.columns,
-        roots=spec.roots,
+        roots=plan.roots_of(spec.roots),
         device=device,
     )
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from softlabels.errors import DataError, SoftLabelsError, TryAgainError
+from softlabels.errors import BadInputError, DataError, SoftLabelsError, TryAgainError
 from softlabels.plan import Plan
 from softlabels.signals import stop_on_signal
 from softlabels.storage import storage_errors
@@ -129,9 +129,14 @@ def require_fit(spec: RunSpec) -> tuple[Plan, Plan | None]:
         asked = type(space)(len(spec.classes), spec.classes)
         asked.require(space, "the spec (classes)", "the plan")
     require_servable(plan, spec.loss, spec.inputs.columns)
-    if spec.evaluate is None:
+    other = Plan.read(spec.evaluate.plan) if spec.evaluate is not None else None
+    names = {*plan.tables, *(other.tables if other else ())}
+    if unknown := sorted(set(spec.roots) - names):
+        raise BadInputError(
+            f"roots: no plan of the run reads a table {unknown[0]!r}; they read {sorted(names)!r}"
+        )
+    if other is None:
         return plan, None
-    other = Plan.read(spec.evaluate.plan)
     space.require(label_space(other, "the evaluation plan"), "the plan", "the evaluation plan")
     # Evaluation is at temperature 1 and needs no draws, whatever the training loss is.
     require_servable(other, LossSpec(), spec.inputs.columns)

@@ -181,3 +181,17 @@ def test_query_loads_no_torch(table: Table) -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert softlabels(code=code).returncode == 0
+
+
+def test_no_file_is_written_over_unless_forced(run: Runner, table: Table, tmp_path: Path) -> None:
+    precious, plan = tmp_path / "precious.csv", tmp_path / "plan.parquet"
+    precious.write_text("mine")
+    recipe = write_recipe(tmp_path, table)
+    sql = "SELECT 1 AS one FROM labels LIMIT 1"
+    assert "there already" in refused(softlabels("query", table.root.uri, sql, "-o", precious))
+    assert "there already" in refused(softlabels("mix", recipe, "-o", precious))
+    assert precious.read_text() == "mine"
+    run("query", table.root.uri, sql, "-o", precious, "--force")
+    assert precious.read_text() == "one\n1\n"
+    for _ in range(2):
+        run("mix", recipe, "-o", plan)

@@ -29,7 +29,7 @@ from softlabels.errors import (
 from softlabels.plan import Plan
 from softlabels.student.checkpoint import read_weights
 from softlabels.student.metrics import read_metrics
-from softlabels.student.spec import OptimizerSpec, RunSpec
+from softlabels.student.spec import EvaluateSpec, OptimizerSpec, RunSpec
 from softlabels.student.trainer import Progress, learning_rate, train
 from tests.plans import make_plan
 from tests.student.problem import CLASSES, Linear, decode, make_problem, run_spec
@@ -452,3 +452,17 @@ def test_a_students_own_failure_is_one_line_that_names_the_rows(tmp_path: Path) 
     spec = run_spec(tmp_path, make_problem(tmp_path))
     with pytest.raises(DataError, match=r"step 1: the student or its decode failed on \d+ rows"):
         train(spec, decode=broken)
+
+
+def test_roots_may_name_tables_of_either_plan(tmp_path: Path) -> None:
+    train_plan, test_plan = (make_problem(tmp_path, name) for name in ("train", "test"))
+    moved = {}
+    for name in ("train", "test"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+        moved[name] = str(tmp_path / f"moved-{name}")
+    evaluation = EvaluateSpec(plan=str(test_plan), every=20)
+    spec = run_spec(tmp_path, train_plan, evaluate=evaluation, roots=moved)
+    assert train(spec).record["evaluation"]["rows"] == 300
+    wrong = spec.model_copy(update={"roots": moved | {"tset": "x"}, "out": str(tmp_path / "o")})
+    with pytest.raises(BadInputError, match="no plan of the run reads a table 'tset'"):
+        train(wrong)
