@@ -37,3 +37,8 @@ class TryAgainError(SoftLabelsError):
     """Nothing is lost and the same command may succeed later."""
 
     exit_code = 75
+
+
+def one_line(error: object) -> str:
+    """What an error says, on one line: messages of native libraries have several."""
+    return " ".join(str(error).split())

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from softlabels.errors import BadInputError, IntegrityError
+from softlabels.errors import BadInputError, IntegrityError, one_line
 from softlabels.fingerprint import canonical_json, sha256_bytes, sha256_json
 from softlabels.lineage import Contents
 from softlabels.storage import Root, open_root, safe_relative
@@ -203,7 +203,7 @@ class Plan:
             )
             plan._check(meta["fingerprint"])
         except _UNREADABLE as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise IntegrityError(
                 f"{os.fspath(path)!r} is not a whole softlabels plan: {reason}"
             ) from error

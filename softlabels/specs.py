@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from softlabels.errors import BadInputError, StorageError
+from softlabels.errors import BadInputError, StorageError, one_line
 
 MAX_BYTES = 4 << 20
 
@@ -47,7 +47,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise StorageError(f"cannot read {str(path)!r}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise BadInputError(f"{str(path)!r} is not valid YAML: {_one_line(error)}") from error
+        raise BadInputError(f"{str(path)!r} is not valid YAML: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise BadInputError(f"{str(path)!r}: expected a mapping of settings, found {value!r:.80}")
     return value
@@ -99,7 +99,7 @@ def _apply(data: dict[str, Any], change: str) -> None:
     try:
         data[parts[-1]] = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BadInputError(f"change {change[:80]!r}: {_one_line(error)}") from error
+        raise BadInputError(f"change {change[:80]!r}: {one_line(error)}") from error
 
 
 def _describe(problem: Any, model: type[BaseModel]) -> str:
@@ -132,7 +132,3 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
         if (found := _model_in(argument)) is not None:
             return found
     return None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

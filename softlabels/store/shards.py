@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from softlabels.errors import IntegrityError
+from softlabels.errors import IntegrityError, one_line
 from softlabels.fingerprint import sha256_bytes
 from softlabels.schema import (
     COLUMNS,
@@ -209,7 +209,7 @@ def open_shard(data: bytes | memoryview | pa.Buffer, name: str) -> pq.ParquetFil
         footer(data)
         file = pq.ParquetFile(pa.BufferReader(_native(data)), page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError, IntegrityError) as error:
-        raise IntegrityError(f"shard {name!r} cannot be read: {_one_line(error)}") from error
+        raise IntegrityError(f"shard {name!r} cannot be read: {one_line(error)}") from error
     version = (file.metadata.metadata or {}).get(FORMAT_KEY, b"0").decode(errors="replace")
     check_format_version(version, f"shard {name!r}")
     return file
@@ -239,15 +239,11 @@ def read_row_groups(
     try:
         table = file.read_row_groups(list(groups), columns=columns).combine_chunks()
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise IntegrityError(f"shard {name!r} is damaged: {_one_line(error)}") from error
+        raise IntegrityError(f"shard {name!r} is damaged: {one_line(error)}") from error
     batches = table.to_batches()
     if len(batches) > 1:
         raise IntegrityError(f"shard {name!r} has row groups over 2 GB, which cannot be joined")
     return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _encoding(schema: pa.Schema, profile: Profile) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from softlabels.errors import (
     MismatchError,
     StorageError,
     TryAgainError,
+    one_line,
 )
 from softlabels.fingerprint import sha256_lines
 from softlabels.lineage import Contents, RunLineage
@@ -285,7 +286,7 @@ class Table:
                 error = caught
         raise TryAgainError(
             f"could not commit {len(units)} units to {self.root.uri!r} in {COMMIT_ATTEMPTS} "
-            f"attempts; nothing is lost, run the command again: {_one_line(error)}"
+            f"attempts; nothing is lost, run the command again: {one_line(error)}"
         )
 
     def batches(
@@ -347,7 +348,7 @@ def _open_delta(root: Root, version: int | None) -> DeltaTable:
     except TableNotFoundError as error:
         raise BadInputError(f"there is no table at {root.uri!r}") from error
     except (DeltaError, OSError) as error:
-        raise StorageError(f"cannot open table {root.uri!r}: {_one_line(error)}") from error
+        raise StorageError(f"cannot open table {root.uri!r}: {one_line(error)}") from error
 
 
 def _create_delta(root: Root, schema: pa.Schema, contents: Contents) -> DeltaTable:
@@ -370,9 +371,7 @@ def _create_delta(root: Root, schema: pa.Schema, contents: Contents) -> DeltaTab
         try:
             return _open_delta(root, None)  # another worker made it first
         except BadInputError:
-            raise StorageError(
-                f"cannot make a table at {root.uri!r}: {_one_line(error)}"
-            ) from error
+            raise StorageError(f"cannot make a table at {root.uri!r}: {one_line(error)}") from error
 
 
 def _narrowed(lineage: RunLineage, units: Mapping[str, UnitShard]) -> RunLineage:
@@ -394,7 +393,3 @@ def _table_file(action: Mapping[str, Any]) -> TableFile:
         if low is not None and greatest.get(name) is not None
     }
     return TableFile(action["path"], action["size_bytes"], action["num_records"], bounds)
-
-
-def _one_line(error: Exception | None) -> str:
-    return " ".join(str(error).split())

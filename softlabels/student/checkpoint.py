@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from softlabels.errors import BadInputError, IntegrityError, MismatchError
+from softlabels.errors import BadInputError, IntegrityError, MismatchError, one_line
 from softlabels.fingerprint import sha256_bytes, sha256_json
 from softlabels.storage import storage_errors
 
@@ -177,7 +177,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     try:
         model.load_state_dict(dict(tensors), strict=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise MismatchError(f"weights of {where} do not fit the student: {reason}") from error
 
 
@@ -190,7 +190,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(Path(path).read_bytes())
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise BadInputError(f"cannot read weights {os.fspath(path)!r}: {reason}") from error
 
 

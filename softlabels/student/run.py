@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from softlabels.errors import BadInputError, DataError
+from softlabels.errors import BadInputError, DataError, one_line
 from softlabels.fingerprint import sha256_bytes
 from softlabels.imports import load_object, source_sha256
 from softlabels.plan import Plan
@@ -238,7 +238,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)[:120]
         raise BadInputError(f"device {name!r} is not here: {reason}") from error
     return device
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from softlabels.errors import BadInputError, DataError
+from softlabels.errors import BadInputError, DataError, one_line
 from softlabels.fingerprint import key64, sha256_json
 from softlabels.lineage import RunLineage
 from softlabels.schema import table_schema
@@ -159,7 +159,7 @@ def _carried(batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
     try:
         values = batch[field.name].cast(field.type)
     except pa.ArrowInvalid as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DataError(
             f"carry: column {field.name!r} cannot be kept as {field.type}: {reason}"
         ) from error

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softlabels.errors import BadInputError, DataError, IntegrityError
+from softlabels.errors import BadInputError, DataError, IntegrityError, one_line
 from softlabels.fingerprint import sha256_bytes, sha256_json, sha256_stream
 from softlabels.storage import Root, find_files
 from softlabels.store import shards
@@ -117,7 +117,7 @@ def _open(root: Root, path: str) -> tuple[pq.ParquetFile, str]:
     try:
         return pq.ParquetFile(pa.BufferReader(data)), sha256_bytes(shards.footer(memoryview(data)))
     except (pa.ArrowException, OSError, IntegrityError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DataError(f"source file {path!r} is not a whole Parquet file: {reason}") from error
 
 
@@ -143,7 +143,7 @@ def _read(
                 # Only names and types: files may differ in metadata and in what may be null.
                 yield pa.RecordBatch.from_arrays([part[n] for n in columns], names=list(columns))
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DataError(f"source file {file.path!r} is damaged: {reason}") from error
 
 
