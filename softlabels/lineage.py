@@ -52,6 +52,28 @@ class TeacherLineage(_Frozen):
         return sha256_json(json.loads(json.dumps(found)))  # as JSON keys sort: 10 before 2
 
 
+class Recorded(_Frozen):
+    """How log-probabilities were recorded that no teacher of ours has computed.
+
+    Attributes:
+        layout: of the files they came in.
+        scale: "raw": of the model's own softmax; "processed": after temperature and the like.
+        temperature: at which they were recorded, where they are processed.
+        entries: what a position holds: k, or k + 1 where the sampled token is added.
+        first_position: whether the first token of a sequence had a distribution.
+        tail: "derived": 1 minus the head, whose bound is `tail_error`; "unknown".
+        tail_error: the largest error of a derived tail's mass, by the digits that were recorded.
+    """
+
+    layout: str
+    scale: Literal["raw", "processed"] = "raw"
+    temperature: float = 1.0
+    entries: Literal["k", "k+1"] = "k"
+    first_position: bool = False
+    tail: Literal["derived", "unknown"] = "derived"
+    tail_error: float | None = None
+
+
 class Contents(_Frozen):
     """What is the same in every row of a table version.
 
@@ -71,6 +93,9 @@ class Contents(_Frozen):
         example_ids: whether example_id came from a source column or is the content's sha256;
             a table that mixed them would hold examples twice.
         seed: of the draws.
+        logits_width: rows of the teacher's head where they are more than V; those above were cut
+            and the rest renormalised.
+        recorded: of an import, how its values came about.
     """
 
     teacher: TeacherLineage
@@ -87,6 +112,8 @@ class Contents(_Frozen):
     carried: tuple[str, ...] = ()
     example_ids: Literal["column", "content"] = "column"
     seed: int = 0
+    logits_width: int | None = None
+    recorded: Recorded | None = None
 
     def digest(self) -> str:
         """The sha256 of these contents.

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -29,10 +29,19 @@ def load_spec(
     Raises:
         BadInputError: the file is no YAML mapping, a key is unknown or double, a value is wrong.
     """
+    return load_spec_as(path, lambda _: model, changes)
+
+
+def load_spec_as(
+    path: str | os.PathLike[str],
+    choose: Callable[[Mapping[str, Any]], type[Model]],
+    changes: Sequence[str] = (),
+) -> Model:
+    """As `load_spec`; `choose` says from the file's content, changes made, what it must fit."""
     data = read_yaml(path)
     for change in changes:
         _apply(data, change)
-    return validate(model, data, str(path))
+    return validate(choose(data), data, str(path))
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The source: Parquet files pinned by content, read as one long row order."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -38,11 +38,16 @@ class Source:
         root: the folder above the pattern's first wildcard.
         files: in order.
         schema: Arrow schema, the same in every file.
+        origin: where the files were made from others: what stands for their content, so that the
+            same text is the same source whatever wrote the files.
+        skipped: what was left out of them when they were made, by reason.
     """
 
     root: Root
     files: tuple[SourceFile, ...]
     schema: pa.Schema
+    origin: str | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -52,6 +57,8 @@ class Source:
     @cached_property
     def fingerprint(self) -> str:
         """The sha256 of the files' contents in order; where they are does not matter."""
+        if self.origin is not None:
+            return self.origin
         return sha256_json([file.sha256 for file in self.files])
 
     def batches(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:

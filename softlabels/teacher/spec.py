@@ -2,16 +2,18 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from softlabels.fingerprint import canonical_json
 from softlabels.schema import temperature_suffix
-from softlabels.specs import load_spec
+from softlabels.specs import load_spec, load_spec_as
 
 ROWS_PER_SHARD = 50_000
+SEQUENCES_PER_SHARD = 2_000
+"""Of 512 tokens they are a million positions, 75 MB stored."""
 
 
 class _Settings(BaseModel):
@@ -78,47 +80,27 @@ class SourceSpec(_Settings):
     label: str | None = None
 
 
-class CaptureSpec(_Settings):
-    """One pass of a teacher over a source, into a table.
+class _Capture(_Settings):
+    """What every capture says.
 
     Attributes:
         table: where the labels go.
-        teacher: who labels.
-        source: what is labelled.
         carry: source columns copied into the table, so that a student needs nothing else.
-        k: ids stored an example, at most the number of classes.
         temperatures: extra temperatures stored exactly; 1 always is.
-        draws: m, ids drawn from outside the top k.
-        draws_temperature: the temperature at which they are drawn; 1 or one of `temperatures`.
-        profile: how values are rounded.
+        draws_temperature: the temperature at which draws are made; 1 or one of `temperatures`.
         seed: of the draws.
-        shard_rows: source rows a shard; decides the units of the run.
-        batch_size: rows the teacher sees at once.
         device: auto, cpu, cuda, cuda:0, mps.
     """
 
     table: str
-    teacher: TeacherSpec
-    source: SourceSpec
     carry: tuple[str, ...] = ()
-    k: Annotated[int, Field(ge=0)] = 10
+    k: Annotated[int, Field(ge=0)]
     temperatures: tuple[float, ...] = ()
-    draws: Annotated[int, Field(ge=0, le=4096)] = 0
+    draws: Annotated[int, Field(ge=0, le=4096)]
     draws_temperature: float = 1.0
-    profile: Literal["compact", "precise"] = "precise"
+    profile: Literal["compact", "precise"]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    shard_rows: Annotated[int, Field(ge=1, le=10_000_000)] = ROWS_PER_SHARD
-    batch_size: Annotated[int, Field(ge=1)] = 256
     device: str = "auto"
-
-    @classmethod
-    def read(cls, path: str | os.PathLike[str], changes: Sequence[str] = ()) -> Self:
-        """The spec in a YAML file, with "dotted.key=value" changes that win over it.
-
-        Raises:
-            BadInputError: a key is unknown or a value is wrong.
-        """
-        return load_spec(path, cls, changes)
 
     @field_validator("table")
     @classmethod
@@ -140,8 +122,6 @@ class CaptureSpec(_Settings):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.k > self.teacher.num_classes:
-            raise ValueError(f"k is {self.k}, the teacher has {self.teacher.num_classes} classes")
         if self.profile == "compact" and self.temperatures:
             raise ValueError(
                 "profile compact has no levels below -23.7 nats, which another temperature "
@@ -156,3 +136,157 @@ class CaptureSpec(_Settings):
         if len(set(self.carry)) < len(self.carry):
             raise ValueError("carry names a column twice")
         return self
+
+
+class CaptureSpec(_Capture):
+    """One pass of a classifier over a source, into a table.
+
+    Attributes:
+        teacher: who labels.
+        source: what is labelled.
+        k: ids stored an example, at most the number of classes.
+        draws: m, ids drawn from outside the top k.
+        profile: how values are rounded.
+        shard_rows: source rows a shard; decides the units of the run.
+        batch_size: rows the teacher sees at once.
+    """
+
+    teacher: TeacherSpec
+    source: SourceSpec
+    k: Annotated[int, Field(ge=0)] = 10
+    draws: Annotated[int, Field(ge=0, le=4096)] = 0
+    profile: Literal["compact", "precise"] = "precise"
+    shard_rows: Annotated[int, Field(ge=1, le=10_000_000)] = ROWS_PER_SHARD
+    batch_size: Annotated[int, Field(ge=1)] = 256
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], changes: Sequence[str] = ()) -> Self:
+        """The spec in a YAML file, with "dotted.key=value" changes that win over it.
+
+        Raises:
+            BadInputError: a key is unknown or a value is wrong.
+        """
+        return load_spec(path, cls, changes)
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> Self:
+        if self.k > self.teacher.num_classes:
+            raise ValueError(f"k is {self.k}, the teacher has {self.teacher.num_classes} classes")
+        return self
+
+
+class ModelSpec(_Settings):
+    """A language model of `transformers`.
+
+    Attributes:
+        name: what people call it.
+        model: a folder, a hub repository, or a .gguf file.
+        revision: of a hub repository; otherwise your own mark of its state.
+        kind: "causal": the distribution after each token; "masked": at each masked one.
+        tokenizer: folder or repository; none: the model's own.
+        dtype: of the weights; logits are made float32 before anything is taken from them.
+    """
+
+    name: str
+    model: str
+    revision: str = ""
+    kind: Literal["causal", "masked"] = "causal"
+    tokenizer: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class TextSpec(_Settings):
+    """Text and how it becomes sequences of tokens. One of text, messages, input_ids.
+
+    Attributes:
+        files: path or fsspec URL, wildcards allowed. A .txt, .md or .rst file is one document;
+            .jsonl and .parquet hold one a row.
+        text: column with a document; "text" when nothing else is said.
+        messages: column with a chat, a list of {role, content}; rendered by the chat template.
+        input_ids: column with token ids; "position_index" beside it, if there, says which
+            positions are labelled, "segment_ids" which document each token is of.
+        example_id: column with a stable key of each document; none: the content's sha256.
+        length: most tokens of a sequence, at most the model's context.
+        packing: "packed": documents one after the other, cut every `length` tokens; "documents":
+            a document begins a sequence.
+        too_long: what becomes of a longer document where they are not packed.
+        isolate: packed documents do not see each other, in the teacher and in the student.
+        end: add the tokenizer's end-of-text token to each document.
+        chat_template: file with a Jinja template; none: the tokenizer's.
+        loss_on: which tokens of a chat are to be predicted.
+        mask_rate: masked models: share of the tokens that are masked, by `seed`.
+        shortest: documents of fewer tokens are left out, and counted.
+    """
+
+    files: str
+    text: str | None = None
+    messages: str | None = None
+    input_ids: str | None = None
+    example_id: str | None = None
+    length: Annotated[int, Field(ge=2, le=1_000_000)] = 512
+    packing: Literal["packed", "documents"] = "packed"
+    too_long: Literal["split", "refuse", "drop"] = "split"
+    isolate: bool = True
+    end: bool = True
+    chat_template: str | None = None
+    loss_on: Literal["all", "assistant"] = "all"
+    mask_rate: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    shortest: Annotated[int, Field(ge=2)] = 2
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        given = [name for name in ("text", "messages", "input_ids") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} both say what is read: give one of them")
+        if self.messages is None and (self.loss_on == "assistant" or self.chat_template):
+            raise ValueError("loss_on: assistant and chat_template are for chats: give messages")
+        if self.input_ids is not None and self.packing == "packed":
+            raise ValueError("input_ids are sequences already: say packing: documents")
+        return self
+
+
+class SequenceCaptureSpec(_Capture):
+    """One pass of a language model over text, into a table.
+
+    Attributes:
+        teacher: who labels.
+        source: what is labelled.
+        k: ids stored a position.
+        draws: m, ids drawn from outside the top k at each position.
+        profile: how values are rounded.
+        shard_rows: sequences a shard; decides the units of the run.
+        batch_tokens: tokens the teacher sees at once, padding counted.
+        head_rows: positions whose logits over the vocabulary are in memory at once.
+    """
+
+    teacher: ModelSpec
+    source: TextSpec
+    k: Annotated[int, Field(ge=0)] = 16
+    draws: Annotated[int, Field(ge=0, le=4096)] = 16
+    profile: Literal["compact", "precise"] = "compact"
+    shard_rows: Annotated[int, Field(ge=1, le=10_000_000)] = SEQUENCES_PER_SHARD
+    batch_tokens: Annotated[int, Field(ge=1)] = 4_096
+    head_rows: Annotated[int, Field(ge=1)] = 256
+
+    @model_validator(mode="after")
+    def _carries(self) -> Self:
+        if self.carry and self.source.packing == "packed":
+            raise ValueError("carry: a packed sequence is of many documents: use packing documents")
+        return self
+
+
+def read_capture(
+    path: str | os.PathLike[str], changes: Sequence[str] = ()
+) -> CaptureSpec | SequenceCaptureSpec:
+    """The spec in a YAML file: teacher.model is a language model, teacher.module any module.
+
+    Raises:
+        BadInputError: a key is unknown or a value is wrong.
+    """
+
+    def kind(data: Mapping[str, Any]) -> type[CaptureSpec] | type[SequenceCaptureSpec]:
+        teacher = data.get("teacher")
+        sequences = isinstance(teacher, dict) and "model" in teacher
+        return SequenceCaptureSpec if sequences else CaptureSpec
+
+    return load_spec_as(path, kind, changes)
