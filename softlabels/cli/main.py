@@ -53,7 +53,7 @@ def run() -> None:
 
 def _missing(error: ModuleNotFoundError) -> str:
     extras = {"deltalake": "teacher", "duckdb": "query", "polars": "query", "torch": "student"}
-    extras |= {"safetensors": "student", "matplotlib": "report", "s3fs": "s3"}
+    extras |= {"safetensors": "student", "matplotlib": "report", "s3fs": "s3", "transformers": "hf"}
     module = (error.name or "").split(".")[0]
     if module in extras:
         return f"this command needs {module!r}: pip install 'softlabels[{extras[module]}]'"
@@ -76,9 +76,10 @@ def _root(
 
 
 # Registration only: none of these modules imports a heavy package at its top.
-from softlabels.cli import capture, query, student, table  # noqa: E402
+from softlabels.cli import capture, query, reference, student, table  # noqa: E402
 
 capture.register(app)
 table.register(app)
 query.register(app)
 student.register(app)
+reference.register(app)
