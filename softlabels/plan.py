@@ -19,10 +19,12 @@ from pydantic import BaseModel, ConfigDict
 from softlabels.errors import BadInputError, IntegrityError, one_line
 from softlabels.fingerprint import canonical_json, sha256_bytes, sha256_json
 from softlabels.lineage import Contents
+from softlabels.rules import PositionRules
 from softlabels.storage import Root, open_root, safe_relative
 
 FORMAT_VERSION = 1
-FEATURES: frozenset[str] = frozenset()
+POSITIONS = "positions"
+FEATURES: frozenset[str] = frozenset({POSITIONS})
 """What this release can do beyond the plain plan; a plan that needs more is refused."""
 
 _META = b"softlabels.plan"
@@ -59,7 +61,11 @@ class PlanFile(_Frozen):
 
 
 class PlanTable(_Frozen):
-    """One table version: its name in the recipe, where it was, what it held, its files in use."""
+    """One table version: its name in the recipe, where it was, what it held, its files in use.
+
+    `positions` are the rules of its positions, where it has any; the plan then lists the feature
+    "positions". A version that is read by different rules is several of a plan's tables.
+    """
 
     name: str
     uri: str
@@ -67,6 +73,7 @@ class PlanTable(_Frozen):
     snapshot_digest: str
     contents: Contents
     files: tuple[PlanFile, ...]
+    positions: PositionRules | None = None
 
 
 class SourceReport(_Frozen):
@@ -82,6 +89,9 @@ class SourceReport(_Frozen):
         share_asked: of the epoch, 0 to 1; None when nothing was asked.
         share: of the epoch, as realised.
         loss_weight: of each row.
+        positions: of the rows that came before position rules; None where there are none.
+        positions_kept: of them, those that pass the rules.
+        positions_unknown: of them, those that fail because a value is not known.
     """
 
     source: str
@@ -93,6 +103,9 @@ class SourceReport(_Frozen):
     share_asked: float | None
     share: float
     loss_weight: float
+    positions: int | None = None
+    positions_kept: int | None = None
+    positions_unknown: int | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +157,7 @@ class Plan:
                             canonical_json(f.model_dump(exclude={"path"}, exclude_defaults=True))
                             for f in t.files
                         ),
+                        **_rules(t),
                     }
                     for t in sorted(self.tables.values(), key=lambda t: t.name)
                 ],
@@ -166,8 +180,8 @@ class Plan:
             "fingerprint": self.fingerprint,
             "features": list(self.features),
             "recipe": dict(self.recipe),
-            "tables": [self.tables[name].model_dump(mode="json") for name in sorted(self.tables)],
-            "report": [source.model_dump(mode="json") for source in self.report],
+            "tables": [_stored(self.tables[name]) for name in sorted(self.tables)],
+            "report": [_stored(source) for source in self.report],
         }
         sink = pa.BufferOutputStream()
         table = self.entries.replace_schema_metadata({_META: canonical_json(meta).encode()})
@@ -250,6 +264,12 @@ class Plan:
         ):
             if file not in files.get(name, ()):
                 raise IntegrityError(f"the plan reads file {file!r} of table {name!r}, not listed")
+        for name, table in self.tables.items():
+            if table.positions is not None and POSITIONS not in self.features:
+                raise IntegrityError(
+                    f"table {name!r} has position rules, the plan's features are "
+                    f"{list(self.features)!r}: it was not made by softlabels"
+                )
 
 
 def entries_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
@@ -263,6 +283,21 @@ def entries_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         complete.append({**row, "offset": offset})
         offset += row["num_rows"] * row["repeats"]
     return pa.Table.from_pylist(complete, schema=ENTRIES)
+
+
+def _rules(table: PlanTable) -> dict[str, Any]:
+    # Left out where there are none: plans without rules keep their fingerprints.
+    return {} if table.positions is None else {"positions": table.positions.model_dump(mode="json")}
+
+
+def _stored(model: PlanTable | SourceReport) -> dict[str, Any]:
+    """As JSON; without what position rules add where there are none, as before there were any."""
+    values = model.model_dump(mode="json")
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None or not name.startswith(POSITIONS)
+    }
 
 
 def _entries_digest(entries: pa.Table) -> str:

@@ -17,6 +17,7 @@ PACKAGE = Path(softlabels.__file__).parent
 LAYERS = {
     "softlabels": 0,
     "softlabels.errors": 0,
+    "softlabels.arrays": 1,
     "softlabels.schema": 1,
     "softlabels.fingerprint": 1,
     "softlabels.storage": 1,
@@ -25,6 +26,7 @@ LAYERS = {
     "softlabels.imports": 2,
     "softlabels.targets": 2,
     "softlabels.lineage": 2,
+    "softlabels.rules": 3,
     "softlabels.store": 3,
     "softlabels.plan": 4,
     "softlabels.query": 5,

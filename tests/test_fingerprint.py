@@ -39,6 +39,14 @@ def test_a_set_of_lines_has_one_digest(lines: list[str], random: object) -> None
     assert fingerprint.sha256_lines(lines) != fingerprint.sha256_lines([*lines, "new"])
 
 
+def test_a_vocabulary_is_its_map_whatever_its_order() -> None:
+    ids = {"a": 0, "Ġb": 1, "<|end|>": 2}
+    found = fingerprint.sha256_vocabulary(ids)
+    assert found == fingerprint.sha256_vocabulary(dict(reversed(ids.items())))
+    assert found == fingerprint.sha256_json({"<|end|>": 2, "a": 0, "Ġb": 1})
+    assert found != fingerprint.sha256_vocabulary({"a": 1, "Ġb": 0, "<|end|>": 2})
+
+
 def test_key64_separates_its_parts_and_is_pinned() -> None:
     keys = {fingerprint.key64(*parts) for parts in [("a", 0), ("a", 1), ("a0",), ("", "a", 0)]}
     assert len(keys) == 4

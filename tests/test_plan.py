@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,15 @@ from hypothesis import strategies as st
 
 from softlabels.errors import BadInputError, IntegrityError
 from softlabels.fingerprint import canonical_json
-from softlabels.plan import ENTRIES, FORMAT_VERSION, Plan, SourceReport, entries_table
+from softlabels.plan import (
+    ENTRIES,
+    FORMAT_VERSION,
+    POSITIONS,
+    Plan,
+    SourceReport,
+    entries_table,
+)
+from softlabels.rules import Condition, PositionRules, PositionWeight
 from softlabels.store.table import Table
 from tests.plans import make_plan
 from tests.tables import make_table
@@ -371,3 +380,84 @@ def test_offsets_count_the_rows_before(entries: list[tuple[list[int] | None, int
     pieces = pa.concat_tables([made.slice(0, 2), made.slice(2)])
     assert replace(plan, entries=pieces).fingerprint == plan.fingerprint
     assert canonical_json(dict(plan.recipe)) == "{}"
+
+
+def ruled(plan: Plan, **changes: Any) -> Plan:
+    """The plan with a rule on its table, changed as a stranger might."""
+    condition = Condition(column="entropy", operator=">", constant=0.5).model_copy(update=changes)
+    rules = PositionRules(where=(condition,))
+    table = plan.tables["main"].model_copy(update={"positions": rules})
+    return replace(plan, tables={"main": table}, features=(POSITIONS,))
+
+
+def test_a_plan_with_position_rules_comes_back_as_it_was(plan: Plan, tmp_path: Path) -> None:
+    made = ruled(plan)
+    counted = made.report[0].model_copy(update={"positions": 60, "positions_kept": 0})
+    made = replace(made, report=(counted,))
+    made.write(tmp_path / "p")
+    read = Plan.read(tmp_path / "p")
+    assert (read.tables, read.report) == (made.tables, made.report)
+    assert (read.features, read.fingerprint) == (("positions",), made.fingerprint)
+
+
+def test_the_fingerprint_covers_position_rules(plan: Plan) -> None:
+    weight = PositionWeight(
+        where=(Condition(column="entropy", operator="<", constant=1),), weight=2
+    )
+    rules = [
+        ruled(plan).tables["main"].positions,
+        ruled(plan, column="tail_logprob").tables["main"].positions,
+        ruled(plan, operator=">=").tables["main"].positions,
+        ruled(plan, constant=0.25).tables["main"].positions,
+        PositionRules(weights=(weight,)),
+        PositionRules(weights=(weight.model_copy(update={"weight": 3.0}),)),
+        PositionRules(),
+        None,
+    ]
+    found = set()
+    for rule in rules:
+        table = plan.tables["main"].model_copy(update={"positions": rule})
+        found.add(replace(plan, tables={"main": table}, features=(POSITIONS,)).fingerprint)
+    assert len(found) == len(rules)
+
+
+def test_without_position_rules_a_plan_is_written_as_before_there_were_any(
+    plan: Plan, tmp_path: Path
+) -> None:
+    plan.write(tmp_path / "p")
+    meta = json.loads(pq.read_table(tmp_path / "p").schema.metadata[META])
+    assert "positions" not in json.dumps(meta)
+    assert meta["features"] == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"column": "input_ids"},
+        {"operator": "LIKE"},
+        {"constant": 1e300},
+        {"constant": "1; DROP TABLE x"},
+    ],
+)
+def test_position_rules_of_a_stranger_are_checked(
+    plan: Plan, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    # Made with a right fingerprint.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydantic warns of what it is made to write
+        ruled(plan, **changes).write(tmp_path / "p")
+    with pytest.raises(
+        IntegrityError, match=r"is not a whole softlabels plan.*positions"
+    ) as caught:
+        Plan.read(tmp_path / "p")
+    assert "\n" not in str(caught.value)
+
+
+def test_position_rules_must_be_a_feature(plan: Plan, tmp_path: Path) -> None:
+    replace(ruled(plan), features=()).write(tmp_path / "p")
+    with pytest.raises(IntegrityError, match=r"'main' has position rules, the plan's features are"):
+        Plan.read(tmp_path / "p")
+    ruled(plan).write(tmp_path / "p")
+    rewrite(tmp_path / "p", _set("tables", 0, "positions", "where", 0, "constant", value=0.25))
+    with pytest.raises(IntegrityError, match="it was changed after it was made"):
+        Plan.read(tmp_path / "p")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softlabels.errors import DataError, IntegrityError
-from softlabels.targets import SoftTargets, Temper
+from softlabels.targets import SoftTargets, Temper, position_name
 from tests.tables import dense_logprobs, make_targets
 
 FLOAT16 = 2.0**-11
@@ -94,8 +94,20 @@ def test_a_broken_invariant_is_refused_and_names_the_example(case: str) -> None:
         change = edit("ids", (3, 1), targets.ids[3, 0])
     with pytest.raises(DataError, match=expected) as caught:
         change(targets).check(names(targets), 8)
-    if case != "padding with mass":
-        assert "example 'e2'" in str(caught.value), "position 3 is the first of the third row"
+    assert "example 'e2' position 0 has" in str(caught.value), "the first of the third row"
+
+
+def test_positions_are_named_only_where_a_row_has_several() -> None:
+    counts = np.array([2, 0, 1, 3], np.int32)
+    found = [position_name(["a", "b", "c", "d"], counts, at) for at in range(6)]
+    assert found == [
+        "example 'a' position 0",
+        "example 'a' position 1",
+        "example 'c'",
+        "example 'd' position 0",
+        "example 'd' position 1",
+        "example 'd' position 2",
+    ]
 
 
 def test_a_draw_from_the_head_is_refused() -> None:
@@ -204,6 +216,18 @@ def test_a_head_that_is_missing_or_null_is_refused(name: str) -> None:
         back(targets, columns | {name: pa.nulls(2, columns[name].type)})
 
 
+@pytest.mark.parametrize(
+    "name", ["topk_ids", "tail_logprob", "sampled_ids", "position_entropy", "label_ids"]
+)
+def test_a_column_that_only_some_rows_have_is_refused(name: str) -> None:
+    targets = random_targets([1, 1, 1])
+    columns = targets.columns()
+    lists = columns[name].to_pylist()
+    mixed = columns | {name: pa.array([lists[0], None, None], columns[name].type)}
+    with pytest.raises(IntegrityError, match=f"column '{name}' is null in 2 of 3 rows"):
+        back(targets, mixed)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 3), min_size=1, max_size=5),
@@ -250,6 +274,9 @@ def test_summaries_are_means_over_positions() -> None:
     assert columns["label"].null_count == 2, "rows of many positions have no one label"
     single = random_targets([1, 1]).columns()
     assert single["label"].to_pylist() == [0, 1]
+    sequences = random_targets([1, 1]).columns(sequences=True)
+    assert sequences["label"].null_count == sequences["top1_id"].null_count == 2
+    assert sequences["entropy"].null_count == 0
     none = random_targets([1, 0], k=1).columns()
     assert none["margin"].null_count == 2
     assert none["entropy"].null_count == 1

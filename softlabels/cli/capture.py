@@ -9,7 +9,7 @@ from softlabels.cli.output import print_json, progress
 
 if TYPE_CHECKING:
     from softlabels.teacher.capture import Report
-    from softlabels.teacher.spec import CaptureSpec
+    from softlabels.teacher.spec import CaptureSpec, SequenceCaptureSpec
 
 
 def register(app: typer.Typer) -> None:
@@ -32,9 +32,9 @@ def capture(
     The same command again goes on where it stopped, however it stopped; when nothing is left it
     says so and exits 0. Stopped by a signal it exits 75 and loses nothing.
     """
-    from softlabels.teacher.spec import CaptureSpec
+    from softlabels.teacher.spec import read_capture
 
-    loaded = CaptureSpec.read(spec, changes or ())
+    loaded = read_capture(spec, changes or ())
     if dry_run:
         from softlabels.teacher.estimate import estimate
 
@@ -44,6 +44,8 @@ def capture(
     if as_json:
         print_json(dataclasses.asdict(report))
         return
+    for reason, count in sorted(report.skipped.items()):
+        print(f"{count} left out of the source: {reason}")
     if report.repeated:
         print(
             f"{report.repeated} source rows repeat an example and were labelled once"
@@ -54,7 +56,7 @@ def capture(
     print(f"{report.table}@{report.version}: {report.rows} rows labelled, {report.already} before")
 
 
-def _with_progress(spec: "CaptureSpec") -> "Report":
+def _with_progress(spec: "CaptureSpec | SequenceCaptureSpec") -> "Report":
     from rich.progress import TextColumn
 
     from softlabels.teacher.capture import Progress, capture

@@ -76,9 +76,10 @@ def _root(
 
 
 # Registration only: none of these modules imports a heavy package at its top.
-from softlabels.cli import capture, query, reference, student, table  # noqa: E402
+from softlabels.cli import capture, query, recorded, reference, student, table  # noqa: E402
 
 capture.register(app)
+recorded.register(app)
 table.register(app)
 query.register(app)
 student.register(app)

@@ -3,10 +3,13 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+_NO_LIMIT = 1_000_000
+"""Characters of a line that is not for a terminal."""
 
 
 def print_json(value: Any) -> None:
@@ -19,18 +22,31 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> 
     from rich.console import Console
     from rich.table import Table
 
-    # Values are shown as they are: "[/x]" in a class name is no markup.
-    width = None if sys.stdout.isatty() else 160
+    # Values are shown as they are: "[/x]" in a class name is no markup. A terminal folds what is
+    # too wide; elsewhere a line is as long as it must be, for what is cut cannot be looked up.
+    width = None if sys.stdout.isatty() else _NO_LIMIT
     console = Console(width=width, markup=False, emoji=False)
     if not rows:
         console.print("(no rows)")
         return
-    table = Table(title=title, box=None, pad_edge=False, header_style="bold", title_justify="left")
+    if title is not None:
+        console.print(title, style="italic", highlight=False)  # not folded to the table's width
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for name, value in rows[0].items():
-        table.add_column(name, justify="right" if isinstance(value, int | float) else "left")
+        justify: Literal["left", "right"] = "right" if isinstance(value, int | float) else "left"
+        table.add_column(name, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
     console.print(table, highlight=False)
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`rows` as a Markdown table; the first row's keys are the columns."""
+    columns = list(rows[0])
+    right = [isinstance(rows[0][name], int | float) for name in columns]
+    lines = [columns, ["---:" if number else "---" for number in right]]
+    lines += [[_cell(row[name]).replace("|", "\\|") for name in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def progress(*columns: Any) -> "Progress":
@@ -53,7 +69,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
     return str(value)

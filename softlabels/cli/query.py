@@ -124,8 +124,10 @@ def show_plan(
     if as_json:
         print_json(description)
         return
-    print_table(description["tables"], title="tables")
+    shown = [{k: v for k, v in row.items() if k != "positions"} for row in description["tables"]]
+    print_table(shown, title="tables")
     print_table(_flat_sources(found), title="\nsources")
+    _print_rules(found)
     print(f"{plan}: {found.num_rows} rows an epoch, fingerprint {found.fingerprint}")
 
 
@@ -151,6 +153,7 @@ def _describe(plan: "Plan") -> dict[str, Any]:
                 "draws": table.contents.draws,
                 "files": len(table.files),
                 "bytes": sum(file.size for file in table.files),
+                **({} if table.positions is None else {"positions": str(table.positions)}),
             }
             for table in plan.tables.values()
         ],
@@ -161,15 +164,33 @@ def _describe(plan: "Plan") -> dict[str, Any]:
 
 def _flat_sources(plan: "Plan") -> list[dict[str, Any]]:
     rows = []
+    ruled = any(source.positions is not None for source in plan.report)
     for source in plan.report:
         row = source.model_dump(mode="json")
         row["dropped"] = ", ".join(f"{n} {why}" for why, n in sorted(row["dropped"].items()) if n)
+        counts = [row.pop(name) for name in ("positions", "positions_kept", "positions_unknown")]
+        if ruled:
+            row["positions"] = _kept_positions(*counts)
         rows.append(row)
     return rows
 
 
+def _kept_positions(total: int | None, kept: int | None, unknown: int | None) -> str:
+    if total is None or kept is None:
+        return "all"
+    missing = f", {unknown} unknown" if unknown else ""
+    return f"{kept} of {total} ({kept / max(total, 1):.1%}){missing}"
+
+
 def _print_sources(plan: "Plan") -> None:
     print_table(_flat_sources(plan))
+    _print_rules(plan)
+
+
+def _print_rules(plan: "Plan") -> None:
+    for name, table in plan.tables.items():
+        if table.positions is not None:
+            print(f"positions of table {name!r}: {table.positions}")
 
 
 def _format_of(output: Path | None) -> Format:

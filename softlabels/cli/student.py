@@ -8,6 +8,8 @@ from softlabels.cli.output import print_json, print_table, progress
 from softlabels.errors import BadInputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from softlabels.student.spec import RunSpec
     from softlabels.student.trainer import Trained
 
@@ -54,7 +56,7 @@ def train(
         print_json({"student": str(trained.student), "already": trained.already, **record})
         return
     if record["evaluation"] is not None:
-        print_table([_figures("student", record["evaluation"])])
+        print_table(_figures({"student": record["evaluation"]}))
     if trained.already:
         print(f"nothing left to train: all {record['steps']} steps were done")
     print(f"{trained.student}: {record['parameters']} parameters, {record['steps']} steps")
@@ -94,7 +96,7 @@ def evaluate(
     if as_json:
         print_json({"plan_fingerprint": opened.fingerprint, **found})
         return
-    print_table([_figures(name, figures) for name, figures in found.items()])
+    print_table(_figures(found))
 
 
 def _with_roots(spec: "RunSpec", roots: list[str] | None) -> "RunSpec":
@@ -108,7 +110,7 @@ def _with_roots(spec: "RunSpec", roots: list[str] | None) -> "RunSpec":
 
 
 def _work(spec: "RunSpec") -> dict[str, Any]:
-    from softlabels.student.trainer import require_fit
+    from softlabels.student.fit import require_fit
 
     plan, other = require_fit(spec)
     batches = -(-plan.num_rows // spec.batch_size)
@@ -140,7 +142,8 @@ def _with_progress(spec: "RunSpec") -> "Trained":
         note = f"loss {at.loss:.4f}"
         if at.line:
             wait = at.line["data_wait_share"]
-            note += f" {at.line['rows_per_s']:,.0f} rows/s {wait:.0%} waiting for data"
+            unit = "tokens" if "tokens_per_s" in at.line else "rows"
+            note += f" {at.line[f'{unit}_per_s']:,.0f} {unit}/s {wait:.0%} waiting for data"
         bar.update(tasks[0], completed=at.step, note=note)
 
     try:
@@ -150,5 +153,10 @@ def _with_progress(spec: "RunSpec") -> "Trained":
             bar.stop()
 
 
-def _figures(name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
-    return {"": name, **{key: value for key, value in evaluation.items() if key != "bins"}}
+def _figures(found: "Mapping[str, Mapping[str, Any]]") -> list[dict[str, Any]]:
+    """A row a figure, a column a subject; figures that no subject has are left out."""
+    names = {name: None for one in found.values() for name in one if name != "bins"}
+    rows = [
+        {"": name, **{subject: one.get(name) for subject, one in found.items()}} for name in names
+    ]
+    return [row for row in rows if any(row[subject] is not None for subject in found)]

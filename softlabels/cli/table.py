@@ -1,7 +1,10 @@
-"""log, show, tag, verify: what a table holds and whether it is whole."""
+"""log, show, tag, verify, stats: what a table holds, costs, and whether it is whole."""
 
+import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +20,7 @@ def register(app: typer.Typer) -> None:
     app.command(rich_help_panel="Table")(show)
     app.command(rich_help_panel="Table")(tag)
     app.command(rich_help_panel="Table")(verify)
+    app.command(rich_help_panel="Table")(stats)
 
 
 def log(table: TableArgument, as_json: JsonOption = False) -> None:
@@ -80,7 +84,10 @@ def tag(
 
 
 def verify(table: TableArgument, as_json: JsonOption = False) -> None:
-    """Read every file of a version and check sums, counts and invariants; exit 1 on damage."""
+    """Read every file of a version and check sums, counts and invariants; exit 1 on damage.
+
+    Where rows hold their tokens, it also moves the targets by one token: their fit must get worse.
+    """
     from softlabels.store.inspect import verify as check
     from softlabels.store.table import Table
 
@@ -93,9 +100,100 @@ def verify(table: TableArgument, as_json: JsonOption = False) -> None:
     else:
         for problem in report["problems"]:
             print(problem)
+        if (found := report.get("alignment")) is not None:
+            print(f"alignment {found['alignment']!r}: {_verdict(found)}")
         print(
             f"{opened.root.uri}@{opened.version}: {report['files']} files, {report['rows']} rows, "
             f"{len(report['problems'])} problems"
         )
     if report["problems"]:
         raise typer.Exit(1)
+
+
+def stats(
+    table: TableArgument,
+    rows: Annotated[
+        int | None, typer.Option("--rows", min=1, help="Rows to measure; default: some of all.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write FILE.json or a Markdown FILE.md.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write over a file that is there already.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure bytes and codec error a position for several k, profiles and draws.
+
+    A sample of the rows is written again with each setting, in memory. Other formats stand beside
+    by their formulas. Capture with profile precise at the largest k for the best reference.
+    """
+    from softlabels.cli.output import markdown_table
+    from softlabels.errors import BadInputError
+    from softlabels.storage import open_root
+    from softlabels.store.stats import measure, num_settings
+    from softlabels.store.table import Table
+
+    if output is not None and output.suffix not in (".json", ".md"):
+        raise BadInputError(f"in which format {str(output)!r}? Call it .json or .md")
+    if output is not None and output.exists() and not force:
+        raise BadInputError(f"{str(output)!r} is there already: choose another, or add --force")
+    opened = Table.open(table)
+    total = num_settings(opened)
+    with progress() as bar:
+        task = bar.add_task("stats", total=total)
+        found = measure(opened, rows, lambda: bar.advance(task))
+    if as_json:
+        print_json(found)
+    elif output is None:
+        print_table(_settings(found))
+        print_table(found["columns"], title="\nbytes a position as stored")
+        print()
+        for note in _notes(found):
+            print(note)
+    if output is not None:
+        text = "\n".join(f"- {note}" for note in _notes(found))
+        text = f"{markdown_table(_settings(found))}\n{text}\n"
+        data = json.dumps(found, indent=2) + "\n" if output.suffix == ".json" else text
+        open_root(output.parent).write(output.name, data.encode())
+        if not as_json:
+            print(f"{output}: {len(found['settings'])} settings, {found['positions']} positions")
+
+
+def _settings(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A line for each setting, then one for each other format."""
+    lines: list[dict[str, Any]] = [
+        {
+            "stored": f"k = {row['k']}, {row['profile']}"
+            + (f", {row['draws']} draws" if row["draws"] else ""),
+            "bytes": row["bytes"],
+            **{part: row[part] for part in ("ids", "logprobs", "tail", "drawn", "rest")},
+            "KL mean": f"{row['kl_mean']:.2g}",
+            "KL 99 %": f"{row['kl_p99']:.2g}",
+            "head mass": row["head_mass"],
+        }
+        for row in found["settings"]
+    ]
+    blank = dict.fromkeys(lines[0])
+    others = [blank | {"stored": r["what"], "bytes": r["bytes"]} for r in found["references"]]
+    return [*lines, *others]
+
+
+def _notes(found: Mapping[str, Any]) -> list[str]:
+    counts = f"{found['positions']} positions of {found['rows']} rows"
+    notes = [
+        f"{found['table']}@{found['version']}: {counts}, V = {found['num_classes']}; bytes a "
+        "position, KL in nats; rest: tokens, labels, entropies, names, footer.",
+        *found["notes"],
+    ]
+    return notes + [f"{row['what']}: {row['formula']}." for row in found["references"]]
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    losses = ", ".join(f"{loss:.4f} at {shift}" for shift, loss in found["losses"].items())
+    notes = {
+        "unclear": "too close to tell",
+        "too few": "too few positions to judge",
+    }
+    verdict = notes.get(found["verdict"], found["verdict"])
+    return f"{verdict}; mean -log p of the token {losses} ({found['positions']} positions)"

@@ -50,6 +50,8 @@ def scan_positions(table: str | Table) -> pl.LazyFrame:
         pl.when(labelled).then("label_rank").alias("label_rank"),
         pl.when(first >= 0).then(first).alias("top1_id"),
         pl.when(first >= 0).then(top1_prob).alias("top1_prob"),
+        "token_id",
+        "segment",
     )
 
 
@@ -72,9 +74,13 @@ def _heads(table: str | Table) -> pl.LazyFrame:
     k = opened.contents.k
     count = pl.col("num_positions")
 
-    def each(name: str, kind: type[pl.DataType]) -> pl.Expr:
+    def each(values: str | pl.Expr, kind: type[pl.DataType]) -> pl.Expr:
+        lists = pl.col(values) if isinstance(values, str) else values
         nulls = pl.lit(None, kind).repeat_by(count)
-        return pl.when(pl.col(name).is_null()).then(nulls).otherwise(name).explode()
+        return pl.when(lists.is_null()).then(nulls).otherwise(lists).explode()
+
+    def at_places(name: str) -> pl.Expr:
+        return each(pl.col(name).list.gather(pl.col("position_index")), pl.Int32)
 
     def chunks(name: str, kind: type[pl.DataType]) -> pl.Expr:
         if not k:
@@ -95,6 +101,8 @@ def _heads(table: str | Table) -> pl.LazyFrame:
             each("label_ids", pl.Int32).alias("label_id"),
             each("label_logprobs", pl.Float32).alias("label_logprob"),
             each("label_ranks", pl.Int32).alias("label_rank"),
+            at_places("input_ids").alias("token_id"),
+            at_places("segment_ids").alias("segment"),
             chunks("topk_ids", pl.Int32).alias("ids"),
             chunks("topk_logprobs", pl.Float32).alias("logprobs"),
         )

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from softlabels.errors import BadInputError, MismatchError
-from softlabels.plan import Plan, PlanFile, PlanTable, SourceReport, entries_table
+from softlabels.plan import POSITIONS, Plan, PlanFile, PlanTable, SourceReport, entries_table
+from softlabels.query.judging import Judged, judge
 from softlabels.query.recipe import Recipe, Source
 from softlabels.query.selection import (
     Numbers,
@@ -20,6 +21,7 @@ from softlabels.query.selection import (
     row_groups,
     select,
 )
+from softlabels.rules import PositionRules
 from softlabels.storage import open_root
 from softlabels.store import tags
 from softlabels.store.table import Table, TableFile
@@ -32,12 +34,13 @@ _ALIKE = ("num_classes", "classes", "tokenizer_sha256", "alignment")
 
 @dataclass(frozen=True)
 class _Mixed:
-    """One source on its way into a plan; `reads` are rows an epoch."""
+    """One source on its way into a plan; `reads` are rows an epoch, `judged` what rules left."""
 
     name: str
     source: Source
     table_name: str
     selection: Selection
+    judged: Judged | None
     reads: int
 
     @property
@@ -58,21 +61,24 @@ def mix(recipe: Recipe) -> Plan:
     """The plan of a recipe.
 
     Entries are ordered by stage, then source as in the recipe, then file, then row group. Sources
-    of one table version share one of the plan's tables, which has the name of the first of them.
+    of one table version and the same position rules share one of the plan's tables, which has the
+    name of the first of them.
     The plan's fingerprint is the same on any machine, from any copy of the same versions.
 
     Raises:
-        BadInputError: a table is not there, a source is left without rows, `where` is wrong.
+        BadInputError: a table is not there, a source is left without rows, `where` is wrong, a
+            position rule asks for what the table has not.
         MismatchError: two sources have different label spaces, tokenizers or alignments.
         IntegrityError: a file is not as its table's log says.
     """
     tables = {name: Table.open(source.table) for name, source in recipe.sources.items()}
     _require_alike(tables)
     selections = {name: _select(recipe, name, tables[name]) for name in tables}
-    reads = _reads(recipe, {name: len(s.rows) for name, s in selections.items()})
-    owners = _table_names(tables)
+    reads = _reads(recipe, {name: len(s.rows) for name, (s, _) in selections.items()})
+    rules = {name: judged.rules if judged else None for name, (_, judged) in selections.items()}
+    owners = _table_names(tables, rules)
     mixed = [
-        _Mixed(name, source, owners[name], selections[name], reads[name])
+        _Mixed(name, source, owners[name], *selections[name], reads[name])
         for name, source in recipe.sources.items()
     ]
     groups = {
@@ -80,10 +86,13 @@ def mix(recipe: Recipe) -> Plan:
     }
     rows = [row for m in sorted(mixed, key=lambda m: m.source.stage) for row in _entries(m, groups)]
     return Plan(
-        tables={name: _plan_table(name, tables[name], g) for name, g in groups.items()},
+        tables={
+            name: _plan_table(name, tables[name], g, rules[name]) for name, g in groups.items()
+        },
         entries=entries_table(rows),
         recipe=recipe.normalised(),
         report=tuple(_report(m, recipe, tables[m.name], sum(reads.values())) for m in mixed),
+        features=(POSITIONS,) if any(rules.values()) else (),
     )
 
 
@@ -93,9 +102,11 @@ def pin(plan: Plan) -> list[str]:
     A tag is called plan-<first 16 digits of the fingerprint>; where a plan reads two versions of
     one table, the version follows.
     """
-    uris = [table.uri for table in plan.tables.values()]
+    # By version: one that is read by several position rules is several of the plan's tables.
+    versions = {(table.uri, table.version): table for table in plan.tables.values()}
+    uris = [uri for uri, _ in versions]
     made = []
-    for table in plan.tables.values():
+    for table in versions.values():
         name = f"plan-{plan.fingerprint[:16]}"
         if uris.count(table.uri) > 1:
             name += f"-{table.version}"
@@ -116,20 +127,29 @@ def _require_alike(tables: Mapping[str, Table]) -> None:
                 )
 
 
-def _select(recipe: Recipe, name: str, table: Table) -> Selection:
+def _select(recipe: Recipe, name: str, table: Table) -> tuple[Selection, Judged | None]:
     source = recipe.sources[name]
     subset = source.weight is not None or Fraction(str(source.repeats or 1)).denominator > 1
+    judged = None
     try:
         selection = select(table, source, recipe.seed, subset)
+        if source.positions is not None and len(selection.rows):
+            judged = judge(table, source.positions, selection)
+            selection = judged.selection
     except BadInputError as error:
         raise BadInputError(f"source {name!r}: {error}") from error
     if not len(selection.rows):
         reasons = ", ".join(f"{why} drops {n}" for why, n in selection.dropped.items())
+        if judged is not None and judged.unknown:
+            reasons += (
+                f"; {judged.unknown} of {judged.positions} positions lack a value that the rule "
+                "compares, and so fail it"
+            )
         raise BadInputError(
             f"source {name!r} is left without rows: {source.table!r} has {table.num_rows}"
             + (f", {reasons}" if reasons else "")
         )
-    return selection
+    return selection, judged
 
 
 def _reads(recipe: Recipe, kept: Mapping[str, int]) -> dict[str, int]:
@@ -170,9 +190,14 @@ def _quotas(
     return quotas
 
 
-def _table_names(tables: Mapping[str, Table]) -> dict[str, str]:
-    first: dict[str, str] = {}
-    return {name: first.setdefault(t.snapshot_digest, name) for name, t in tables.items()}
+def _table_names(
+    tables: Mapping[str, Table], rules: Mapping[str, PositionRules | None]
+) -> dict[str, str]:
+    first: dict[tuple[str, PositionRules | None], str] = {}
+    return {
+        name: first.setdefault((table.snapshot_digest, rules[name]), name)
+        for name, table in tables.items()
+    }
 
 
 def _row_groups(table: Table, name: str, mixed: Sequence[_Mixed]) -> RowGroups:
@@ -207,7 +232,9 @@ def _entries(mixed: _Mixed, groups: Mapping[str, RowGroups]) -> list[dict[str, A
     return [entry for *_, entry in sorted(entries, key=lambda e: e[:2])]
 
 
-def _plan_table(name: str, table: Table, groups: RowGroups) -> PlanTable:
+def _plan_table(
+    name: str, table: Table, groups: RowGroups, rules: PositionRules | None
+) -> PlanTable:
     files: dict[str, TableFile] = {file.path: file for file in groups.files}
     return PlanTable(
         name=name,
@@ -225,11 +252,13 @@ def _plan_table(name: str, table: Table, groups: RowGroups) -> PlanTable:
             )
             for file in files.values()
         ),
+        positions=rules,
     )
 
 
 def _report(mixed: _Mixed, recipe: Recipe, table: Table, total: int) -> SourceReport:
     dropped = dict(mixed.selection.dropped)
+    judged = mixed.judged
     kept = min(mixed.kept, mixed.reads)
     if kept < mixed.kept:
         dropped["weight" if recipe.weighted else "repeats"] = mixed.kept - kept
@@ -243,4 +272,7 @@ def _report(mixed: _Mixed, recipe: Recipe, table: Table, total: int) -> SourceRe
         share_asked=float(_shares(recipe)[mixed.name]) if recipe.weighted else None,
         share=mixed.reads / total,
         loss_weight=mixed.source.loss_weight,
+        positions=judged.positions if judged else None,
+        positions_kept=judged.kept if judged else None,
+        positions_unknown=judged.unknown if judged else None,
     )

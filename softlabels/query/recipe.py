@@ -10,10 +10,12 @@
         table: out/labels@v1
         where: "top1_id <> label"
         weight: 1
+        positions: "entropy > 0.5"    # of language models: where the loss is spent
     rows: 20000                       # rows an epoch
 
-Rows of a version pass `where`, then `fraction`, then `limit`; `weight` or `repeats` says how often
-those that are left come in an epoch.
+Rows of a version pass `where`, then `fraction`, then `limit`; then those without a position that
+passes `positions` are dropped; `weight` or `repeats` says how often those that are left come in an
+epoch.
 """
 
 import os
@@ -23,6 +25,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from softlabels.errors import BadInputError
+from softlabels.query.positions import Positions
 from softlabels.query.sql import check_expression
 from softlabels.specs import load_spec
 
@@ -45,6 +48,7 @@ class Source(_Settings):
         where: SQL expression over the columns of `labels`; None: all rows.
         fraction: of the rows, above 0 to 1; exact up to chance, as each row is judged alone.
         limit: most rows that are kept.
+        positions: which positions of these rows are learnt from, and with what weight.
         weight: share of the epoch relative to the other sources. Every source has one or none.
         repeats: times each row comes in an epoch; 1.5: once, and half of the rows once more.
         loss_weight: factor of each row's loss.
@@ -55,6 +59,7 @@ class Source(_Settings):
     where: str | None = None
     fraction: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
     limit: Annotated[int, Field(gt=0)] | None = None
+    positions: Positions | None = None
     weight: Positive | None = None
     repeats: Annotated[FiniteFloat, Field(gt=0, le=1_000_000)] | None = None
     loss_weight: Positive = 1.0
@@ -116,7 +121,7 @@ class Recipe(_Settings):
     def normalised(self) -> dict[str, Any]:
         """Plain values without table locations: equal recipes give equal values anywhere."""
         sources = [
-            {"name": name, **source.model_dump(exclude={"table"}, exclude_none=True)}
+            {"name": name, **source.model_dump(mode="json", exclude={"table"}, exclude_none=True)}
             for name, source in self.sources.items()
         ]
         rows = {} if self.rows is None else {"rows": self.rows}

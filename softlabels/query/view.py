@@ -2,12 +2,14 @@
 
     labels      a row an example: all columns of the table
     positions   a row a position: example_id, view, position, entropy, tail_logprob, tail_prob,
-                label_id, label_logprob, label_rank, top1_id, top1_prob
+                label_id, label_logprob, label_rank, top1_id, top1_prob, token_id, segment
     entries     a row a stored id: example_id, view, position, rank, id, logprob, prob
     classes     id, name; where the label space has names
 
 position and rank count from 0. logprob is as stored; prob and top1_prob are of the head rescaled
-to 1 - exp(tail_logprob), as every reader does. Padding is not shown.
+to 1 - exp(tail_logprob), as every reader does. Padding is not shown. token_id is, of a sequence,
+input_ids at the position's index: the token that the distribution follows, or whose place it is at
+(alignment "same"); segment is that token's document number. Both are NULL for classification.
 """
 
 import glob
@@ -52,12 +54,15 @@ POSITION_COLUMNS = (
     "label_ids",
     "label_logprobs",
     "label_ranks",
+    "input_ids",
+    "position_index",
+    "segment_ids",
 )
 """Table columns that `positions` and `entries` are made of."""
 
 _DERIVED_COLUMNS = {
     *("position", "tail_prob", "label_id", "label_logprob", "label_rank", "top1_prob"),
-    *("rank", "id", "logprob", "prob", "name"),
+    *("token_id", "segment", "rank", "id", "logprob", "prob", "name"),
 }
 """Columns of relations that the table has not."""
 
@@ -305,17 +310,22 @@ def _heads(schema: str, k: int) -> str:
 
     unnested = "".join(f", {ranks(column)}" for column in ("topk_ids", "topk_logprobs") if k)
     return f"""
-        SELECT example_id, "view", position, entropy, tail_logprob, label_id, label_logprob,
-            label_rank, {lists("topk_ids", "INTEGER")}, {lists("topk_logprobs", "FLOAT")}
+        SELECT example_id, "view", position, token_id, segment, entropy, tail_logprob, label_id,
+            label_logprob, label_rank, {lists("topk_ids", "INTEGER")}, {lists("topk_logprobs", "FLOAT")}
         FROM (
             SELECT example_id, "view",
                 unnest(range(num_positions))::INTEGER AS position,
+                unnest(list_select(input_ids, places)) AS token_id,
+                unnest(list_select(segment_ids, places)) AS segment,
                 unnest(position_entropy) AS entropy,
                 unnest(tail_logprob) AS tail_logprob,
                 unnest(label_ids) AS label_id,
                 unnest(label_logprobs) AS label_logprob,
                 unnest(label_ranks) AS label_rank{unnested}
-            FROM {schema}labels
+            FROM (
+                SELECT *, list_transform(position_index, lambda i: i + 1) AS places
+                FROM {schema}labels
+            )
         )
     """
 
@@ -334,7 +344,8 @@ _POSITIONS = f"""CREATE VIEW {{schema}}positions AS
         CASE WHEN label_id >= 0 THEN label_rank END AS label_rank,
         CASE WHEN topk_ids[1] >= 0 THEN topk_ids[1] END AS top1_id,
         CASE WHEN topk_ids[1] >= 0
-            THEN (exp(topk_logprobs[1]::DOUBLE) * scale)::FLOAT END AS top1_prob
+            THEN (exp(topk_logprobs[1]::DOUBLE) * scale)::FLOAT END AS top1_prob,
+        token_id, segment
     FROM ({_SCALED})
 """
 _ENTRIES = f"""CREATE VIEW {{schema}}entries AS

@@ -1,27 +1,27 @@
 """What a table version is and whether it is whole: behind `show` and `verify`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from softlabels.errors import SoftLabelsError
 from softlabels.fingerprint import key64, sha256_bytes
 from softlabels.schema import COLUMNS
 from softlabels.store import shards, tags
+from softlabels.store.alignment import SelfTest
 from softlabels.store.table import Table, TableFile
 from softlabels.targets import SoftTargets
+
+_COUNT = ("num_positions",)
 
 
 def describe(table: Table) -> dict[str, Any]:
     """One version in plain values: identity, counts, bytes a row, columns with their bytes."""
     contents = table.contents
-    sizes: dict[str, int] = {}
-    for file in table.files:
-        opened = shards.open_shard(table.root.buffer(file.path), file.path)
-        for name, size in shards.bytes_by_column(opened).items():
-            sizes[name] = sizes.get(name, 0) + size
+    sizes = column_bytes(table)
     rows = max(1, table.num_rows)
     labels = sum(size for name, size in sizes.items() if name not in contents.carried)
     return {
@@ -36,6 +36,7 @@ def describe(table: Table) -> dict[str, Any]:
         "revision": contents.teacher.revision,
         "weights_sha256": contents.teacher.weights_sha256,
         "classes": list(contents.classes) if contents.classes else contents.num_classes,
+        **(_language(table, sizes) if contents.alignment else {}),
         "k": contents.k,
         "draws": contents.draws,
         "temperatures": [1.0, *contents.temperatures],
@@ -57,25 +58,57 @@ def describe(table: Table) -> dict[str, Any]:
     }
 
 
+def column_bytes(table: Table) -> dict[str, int]:
+    """Compressed bytes of each column in all files of a version."""
+    sizes: dict[str, int] = {}
+    for file in table.files:
+        opened = shards.open_shard(table.root.buffer(file.path), file.path)
+        for name, size in shards.bytes_by_column(opened).items():
+            sizes[name] = sizes.get(name, 0) + size
+    return sizes
+
+
+def _language(table: Table, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """What only tables of sequences have, for `describe`."""
+    contents = table.contents
+    positions = sum(int(pc.sum(b["num_positions"]).as_py() or 0) for b in table.batches(_COUNT))
+    labels = sum(size for name, size in sizes.items() if name not in contents.carried)
+    found: dict[str, Any] = {
+        "alignment": contents.alignment,
+        "tokenizer_sha256": contents.tokenizer_sha256,
+        "chat_template_sha256": contents.chat_template_sha256,
+        "positions": positions,
+        "label_bytes_per_position": round(labels / max(1, positions), 2),
+    }
+    if contents.logits_width is not None:
+        found["logits_width"] = contents.logits_width
+    if contents.recorded is not None:
+        found["recorded"] = contents.recorded.model_dump(mode="json")
+    return found
+
+
 def verify(table: Table, done: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Reads every file of a version and says what is wrong with it.
 
     Checks length and sha256 of each file against the log, its format version, page checksums,
-    row counts, the invariants of soft targets, and that no (example_id, view) is there twice.
+    row counts, the invariants of soft targets, that no (example_id, view) is there twice, and
+    where rows hold their tokens, that distributions stand at the tokens they are said to.
 
     Args:
         table: the version.
         done: called after each file.
 
     Returns:
-        files, rows, and problems: a line each, empty when all is well.
+        files, rows, and problems: a line each, empty when all is well; alignment, what
+        `alignment.SelfTest` found, where rows hold their tokens.
     """
     problems: list[str] = []
     keys: list[np.ndarray[Any, np.dtype[np.uint64]]] = []
     rows = 0
+    test = SelfTest(table.contents)
     for file in table.files:
         try:
-            found = _verify_file(table, file)
+            found = _verify_file(table, file, test)
             rows += len(found)
             keys.append(found)
         except SoftLabelsError as error:
@@ -85,10 +118,18 @@ def verify(table: Table, done: Callable[[], None] = lambda: None) -> dict[str, A
     repeated = len(every) - len(np.unique(every))
     if repeated:
         problems.append(f"{repeated} rows have an (example_id, view) that is there already")
-    return {"files": len(table.files), "rows": rows, "problems": problems}
+    report = {"files": len(table.files), "rows": rows, "problems": problems}
+    alignment = test.result()
+    if alignment is None:
+        return report
+    if alignment["problem"] is not None:
+        problems.append(alignment["problem"])
+    return report | {"alignment": alignment}
 
 
-def _verify_file(table: Table, file: TableFile) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def _verify_file(
+    table: Table, file: TableFile, test: SelfTest
+) -> np.ndarray[Any, np.dtype[np.uint64]]:
     data = table.root.buffer(file.path)
     if len(data) != file.size:
         raise SoftLabelsError(f"{len(data)} bytes, the log says {file.size}")
@@ -101,6 +142,7 @@ def _verify_file(table: Table, file: TableFile) -> np.ndarray[Any, np.dtype[np.u
     for group in range(opened.num_row_groups):
         batch = shards.read_row_groups(opened, file.path, [group])
         check_batch(table, batch)
+        test.add(batch)
         keys.append(row_keys(batch))
     return np.concatenate(keys) if keys else np.zeros(0, np.uint64)
 

@@ -1,7 +1,8 @@
 """Stream batches as torch tensors, the student's call, and whether a plan can serve a loss."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, cast
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from softlabels.schema import COLUMNS
 from softlabels.student.spec import LossSpec
 from softlabels.student.stream import Batch
 from softlabels.student.temper import Targets, temper
-from softlabels.targets import SoftTargets
+from softlabels.targets import Floats, SoftTargets
 
 Decode = Callable[[Mapping[str, pa.Array]], Any]
 """Carried columns of B rows to a tensor [B, ...], or a tuple or mapping of tensors."""
@@ -41,13 +42,29 @@ class LabelSpace(NamedTuple):
     Attributes:
         num_classes: V.
         classes: names in order of id; None: unknown.
+        tokenizer_sha256: language models: of the exact map of tokens to ids.
+        alignment: language models: "next" or "same"; None: classification.
     """
 
     num_classes: int
     classes: tuple[str, ...] | None
+    tokenizer_sha256: str | None = None
+    alignment: str | None = None
+
+    @classmethod
+    def of(cls, contents: Contents) -> Self:
+        """The label space of a table."""
+        fields = (getattr(contents, name) for name in cls._fields)
+        return cls(*fields)
 
     def require(self, other: "LabelSpace", here: str, there: str) -> None:
         """Raises MismatchError with both values unless the two are the same space."""
+        for name in ("alignment", "tokenizer_sha256"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise MismatchError(
+                    f"label spaces differ: {here} has {name} {mine!r}, {there} has {theirs!r}"
+                )
         if self.num_classes != other.num_classes:
             raise MismatchError(
                 f"label spaces differ: {here} has {self.num_classes} classes, "
@@ -67,6 +84,7 @@ def to_torch(
     temperature: float = 1.0,
     device: torch.device | str = "cpu",
     draws: bool = False,
+    weights: Floats | None = None,
 ) -> LossInputs:
     """A batch as what the loss takes; on the CPU at temperature 1 no array is copied.
 
@@ -76,19 +94,54 @@ def to_torch(
         device: where the student is.
         draws: take the stored draws, for tail "sampled". They must have been made at T, which
             `require_servable` finds out.
+        weights: as `labels_and_weights`.
 
     Raises:
         MismatchError: T is not stored, tails are unknown, or a row has not one position.
     """
-    soft = batch.targets
-    if not bool((soft.num_positions == 1).all()):
+    labels, own = labels_and_weights(batch, device, weights)
+    return LossInputs(targets_at(batch.targets, temperature, device, draws), labels, own)
+
+
+def labels_and_weights(
+    batch: Batch, device: torch.device | str = "cpu", weights: Floats | None = None
+) -> tuple[Tensor | None, Tensor]:
+    """The hard labels of a batch, None where no table holds any, and what each position counts.
+
+    Args:
+        batch: any.
+        device: where the student is.
+        weights: float32 [N], of sequences (`sequences.loss_weights`); None: those of the rows,
+            which have one position each.
+
+    Raises:
+        MismatchError: a row has not one position, and there are no weights.
+    """
+    stored = batch.targets
+    if weights is None and not bool((stored.num_positions == 1).all()):
         raise MismatchError(
-            f"rows hold up to {int(soft.num_positions.max())!r} positions: this trainer takes "
-            "classification tables, one distribution a row"
+            f"rows hold up to {int(stored.num_positions.max())!r} positions: expected one a row, "
+            "as in classification; sequences need weights of their positions"
         )
-    labels = None if soft.label_ids is None else _tensor(soft.label_ids, device)
-    weights = _tensor(batch.loss_weights, device)
-    return LossInputs(targets_at(soft, temperature, device, draws), labels, weights)
+    labels = None if stored.label_ids is None else _tensor(stored.label_ids, device)
+    return labels, _tensor(batch.loss_weights if weights is None else weights, device)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; modes and torch's random numbers come back as they were.
+
+    Not `inference_mode`: models keep tables of positions that they make in a forward pass, and a
+    later training step could not use those.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def targets_at(
@@ -97,7 +150,11 @@ def targets_at(
     device: torch.device | str = "cpu",
     draws: bool = False,
 ) -> Targets:
-    """Soft targets at temperature T as torch tensors; arguments and errors as `to_torch`."""
+    """Soft targets as torch tensors, at temperature T if they hold it; with their draws if asked.
+
+    Raises:
+        MismatchError: T is not stored, or tails are unknown.
+    """
     if soft.tail is None:
         raise MismatchError("tail_logprob is not stored: the mass outside the top k is unknown")
     stored = Targets(
@@ -161,17 +218,9 @@ def label_space(plan: Plan, where: str) -> LabelSpace:
     """The label space that all tables of a plan share.
 
     Raises:
-        MismatchError: two tables differ, the plan reads no table, or a table holds language
-            model targets.
+        MismatchError: two tables differ, or the plan reads no table.
     """
-    spaces = []
-    for name, contents in _contents(plan, where):
-        if contents.alignment is not None:
-            raise MismatchError(
-                f"{name} holds language-model targets (alignment {contents.alignment!r}): "
-                "this trainer takes classification tables, one distribution a row"
-            )
-        spaces.append((name, LabelSpace(contents.num_classes, contents.classes)))
+    spaces = [(name, LabelSpace.of(contents)) for name, contents in _contents(plan, where)]
     first, space = spaces[0]
     for name, other in spaces[1:]:
         space.require(other, first, name)
@@ -188,6 +237,13 @@ def require_servable(plan: Plan, loss: LossSpec, columns: Iterable[str]) -> None
     """
     counts = {}
     for name, contents in _contents(plan, "the plan"):
+        recorded = contents.recorded
+        if recorded is not None and recorded.tail == "unknown" and loss.kd_weight:
+            raise MismatchError(
+                f"{name} was recorded with tail {recorded.tail!r}: the mass outside its top "
+                f"{contents.k} is unknown, and tail {loss.tail!r} needs it; only kd_weight 0 does "
+                "not"
+            )
         if loss.temperature != 1 and loss.temperature not in contents.temperatures:
             raise MismatchError(_not_stored(loss.temperature, name, contents.temperatures))
         missing = sorted(set(columns) - set(contents.carried) - set(COLUMNS))

@@ -1,11 +1,11 @@
 """How well a student does on a plan, beside what its teacher does: one pass, each row once.
 
-B rows, V classes, p the teacher's and q the student's distribution at temperature 1, S the ids
-that are stored for a row.
+B rows, N positions of theirs (one a row in classification), V classes, p the teacher's and q the
+student's distribution at temperature 1, S the ids that are stored for a position.
 """
 
-import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,15 +15,28 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from softlabels.errors import MismatchError
+from softlabels.errors import BadInputError
 from softlabels.plan import Plan, entries_table
-from softlabels.student.batch import Decode, label_space, logits_of, targets_at
+from softlabels.student.batch import (
+    Decode,
+    LabelSpace,
+    evaluating,
+    label_space,
+    logits_of,
+    targets_at,
+)
+from softlabels.student.causal import Forward, LanguageModel, Outputs
 from softlabels.student.losses import distillation_loss
-from softlabels.student.stream import Stream
+from softlabels.student.sequences import COLUMNS, num_tokens
+from softlabels.student.spec import Fused
+from softlabels.student.stream import Batch, Stream
 from softlabels.student.temper import Targets, rescale_head
 
 BINS = 15
 """Of the calibration error; Guo et al. use 15."""
+
+ROWS, SEQUENCES = 256, 8
+"""Of one forward pass, where nothing is said."""
 
 Values = npt.NDArray[np.float64]
 
@@ -35,7 +48,7 @@ class Bin:
     Attributes:
         lower: confidences above it (the first bin takes 0 too),
         upper: up to it.
-        rows: labelled rows in the bin.
+        rows: labelled positions in the bin, one a row in classification.
         confidence: their mean confidence, 0 to 1; None when there are none.
         accuracy: the share that is right; None when there are none.
     """
@@ -53,7 +66,7 @@ class Evaluation:
 
     Attributes:
         rows: rows seen.
-        labelled: of them with a hard label; accuracy, nll and ece are over these.
+        labelled: positions with a hard label; accuracy, nll and ece are over these.
         accuracy: share whose likeliest class is the hard label, 0 to 1.
         nll: mean -log q of the hard label, nats.
         ece: expected calibration error of the likeliest class, 0 to 1.
@@ -62,7 +75,10 @@ class Evaluation:
             bound of the full KL, equal to it when all classes are stored.
         acceptance: mean of sum min(p, q), 0 to 1, tail as one class (an upper bound): how often a
             draw of q passes for one of p.
+        perplexity: language models: e^nll.
+        positions: language models: N, positions seen; means are over these.
         examples_per_s: of the student's forward pass alone, without reading and decoding.
+        tokens_per_s: language models: the same in tokens, without padding.
         threads: of torch at that time.
         parameters: numbers in the student.
         bins: for a reliability picture; `BINS` of equal width.
@@ -76,7 +92,10 @@ class Evaluation:
     agreement: float | None = None
     kl_to_teacher: float | None = None
     acceptance: float | None = None
+    perplexity: float | None = None
+    positions: int | None = None
     examples_per_s: float | None = None
+    tokens_per_s: float | None = None
     threads: int | None = None
     parameters: int | None = None
     bins: tuple[Bin, ...] = ()
@@ -89,12 +108,13 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     plan: Plan,
-    decode: Decode,
-    columns: Sequence[str],
+    decode: Decode | None = None,
+    columns: Sequence[str] = (),
     *,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     roots: Mapping[str, str] | None = None,
     device: torch.device | str = "cpu",
+    fused: Fused = "auto",
 ) -> Evaluation:
     """The student's figures on a plan, in plan order, loss weights and repeats left out.
 
@@ -102,119 +122,198 @@ def evaluate(
     numbers are left as they were, so evaluating never changes a training run.
 
     Args:
-        model: gives logits [B, V]; already on `device`.
+        model: already on `device`; gives logits [B, V], or is a language model as in `causal`.
         plan: what to measure on.
-        decode: makes the student's input from the carried columns.
+        decode: makes a classifier's input from the carried columns.
         columns: the carried columns that it needs.
-        batch_size: rows a forward pass.
+        batch_size: rows a forward pass; None: `ROWS`, or `SEQUENCES` of a language model.
         roots: where tables are on this machine, by name.
         device: where the model is.
+        fused: language models: see `LossSpec`; it decides only what memory is needed.
 
     Raises:
-        MismatchError: the logits are not as wide as the plan's label space, or no tail is stored.
+        BadInputError: a classifier without decode.
+        MismatchError: the student does not fit the plan's label space, or no tail is stored.
     """
     space = label_space(plan, "the evaluation plan")
-    found = _Collected()
-    seconds = 0.0
-    with _evaluating(model):
-        for batch in _each_row_once(plan, batch_size, columns, roots):
-            inputs = decode(batch.columns)
-            rows = len(batch.example_ids)
+    forward = make_forward(model, space, decode, device, fused)
+    sequences = space.alignment is not None
+    wanted = COLUMNS if sequences else columns
+    found, seconds, tokens = _Collected(), 0.0, 0
+    with evaluating(model):
+        for batch in _each_row_once(plan, batch_size or _batch_size(sequences), wanted, roots):
+            found.rows += len(batch)
+            tokens += num_tokens(batch) if sequences else 0
             started = time.perf_counter()
-            logits = logits_of(model, inputs, rows, space.num_classes, device)
+            outputs = forward(batch)
             _wait(device)
-            seconds += time.perf_counter() - started
-            targets = targets_at(batch.targets, device=device)
-            found.add(**_compare(logits, targets), **_labelled(logits, batch.targets.label_ids))
+            for here, logits in _in_chunks(outputs, sequences):
+                _wait(device)
+                seconds += time.perf_counter() - started
+                found.add(**_figures(logits, batch, here, device))
+                started = time.perf_counter()
+    speed = 1 / seconds if seconds else None
     return dataclasses.replace(
-        found.evaluation(),
-        examples_per_s=found.rows / seconds if seconds else None,
+        found.evaluation(sequences),
+        examples_per_s=speed and found.rows * speed,
+        tokens_per_s=speed and tokens * speed if sequences else None,
         threads=torch.get_num_threads(),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
 
 
-def evaluate_teacher(
-    plan: Plan, *, batch_size: int = 4_096, roots: Mapping[str, str] | None = None
-) -> Evaluation:
-    """The teacher's figures on a plan from its stored labels alone: no teacher is needed.
+def make_forward(
+    model: nn.Module,
+    space: LabelSpace,
+    decode: Decode | None,
+    device: torch.device | str = "cpu",
+    fused: Fused = "auto",
+) -> Forward:
+    """The student's call on a batch of a plan of that label space.
 
     Raises:
-        MismatchError: the plan stores no top class, or no tail.
+        BadInputError: a classifier without decode.
     """
-    label_space(plan, "the evaluation plan")
+    if space.alignment is not None:
+        return LanguageModel(model, space.num_classes, space.alignment, device, fused)
+    if decode is None:
+        raise BadInputError("decode: a plan of classification needs it, found None")
+
+    def forward(batch: Batch) -> Outputs:
+        inputs = decode(batch.columns)
+        logits = logits_of(model, inputs, len(batch), space.num_classes, device)
+        return Outputs(logits, space.num_classes)
+
+    return forward
+
+
+def evaluate_teacher(
+    plan: Plan, *, batch_size: int | None = None, roots: Mapping[str, str] | None = None
+) -> Evaluation:
+    """The teacher's figures on a plan from its stored labels alone: no teacher is needed."""
+    sequences = label_space(plan, "the evaluation plan").alignment is not None
     found = _Collected()
-    for batch in _each_row_once(plan, batch_size, (), roots):
+    for batch in _each_row_once(plan, batch_size or (256 if sequences else 4_096), (), roots):
         soft = batch.targets
-        if not soft.k:
-            raise MismatchError("the teacher's top class is not stored: the plan's tables have k 0")
-        targets = targets_at(soft)
-        top = rescale_head(targets.logprobs, targets.tail_logprob)[:, 0].double().exp().numpy()
-        rows = len(top)
-        labels = np.full(rows, -1) if soft.label_ids is None else soft.label_ids
-        nll = np.full(rows, np.nan) if soft.label_logprobs is None else -soft.label_logprobs
-        right = soft.ids[:, 0] == labels
-        found.add(labelled=labels >= 0, right=right, confidence=top, nll=nll)
-    return found.evaluation()
+        found.rows += len(batch)
+        count = len(soft.ids)
+        labels = np.full(count, -1) if soft.label_ids is None else soft.label_ids
+        values: dict[str, npt.NDArray[Any]] = {"labelled": labels >= 0}
+        if soft.label_logprobs is not None:
+            values["nll"] = -soft.label_logprobs.astype(np.float64)
+        if soft.k and soft.tail is not None:
+            targets = targets_at(soft)
+            head = rescale_head(targets.logprobs, targets.tail_logprob)
+            values["confidence"] = head[:, 0].double().exp().numpy()
+            values["right"] = soft.ids[:, 0] == labels
+        found.add(**values)
+    return found.evaluation(sequences)
 
 
 def reliability(confidence: Values, right: npt.NDArray[np.bool_]) -> tuple[float, tuple[Bin, ...]]:
-    """The expected calibration error of labelled rows, and the bins that it sums over.
+    """The expected calibration error of labelled positions, and the bins that it sums over.
 
     ece = sum over bins of rows in it / rows * |accuracy - confidence|, bins (lower, upper] of
     equal width.
 
     Args:
-        confidence: float64 [B], probability of the likeliest class, 0 to 1.
-        right: bool [B], whether that class is the hard label.
+        confidence: float64 [N], probability of the likeliest class, 0 to 1.
+        right: bool [N], whether that class is the hard label.
 
     Source: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", 2017.
     """
+    return _calibration(_binned(confidence, right))
+
+
+def _binned(confidence: Values, right: npt.NDArray[np.bool_]) -> Values:
+    """Float64 [3, BINS]: of each bin, how many, and the sums of confidence and of right."""
     place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    counts = np.bincount(place, minlength=BINS)
-    sums = np.bincount(place, confidence, BINS), np.bincount(place, right, BINS)
-    error = float(np.abs(sums[1] - sums[0]).sum() / max(len(confidence), 1))
+    weights = (None, confidence, right)
+    return np.stack([np.bincount(place, one, BINS).astype(np.float64) for one in weights])
+
+
+def _calibration(binned: Values) -> tuple[float, tuple[Bin, ...]]:
+    counts, confidences, rights = binned
+    error = float(np.abs(rights - confidences).sum() / max(counts.sum(), 1))
     bins = []
-    for i, rows in enumerate(counts.tolist()):
-        confident, accurate = (float(s[i] / rows) if rows else None for s in sums)
+    for i, rows in enumerate(counts.astype(int).tolist()):
+        confident, accurate = (float(s[i] / rows) if rows else None for s in (confidences, rights))
         bins.append(Bin(i / BINS, (i + 1) / BINS, rows, confident, accurate))
     return error, tuple(bins)
 
 
 class _Collected:
-    """Figures of every row seen so far, by name."""
+    """Sums of the figures of every position seen so far, by name."""
 
     def __init__(self) -> None:
-        self.rows = 0
-        self._parts: dict[str, list[npt.NDArray[Any]]] = {}
+        self.rows = self._positions = self._labelled = 0
+        self._sums: dict[str, float] = {}
+        self._bins = np.zeros((3, BINS))
+        self._binned = False
 
-    def add(self, **values: npt.NDArray[Any]) -> None:
-        self.rows += len(values["labelled"])
+    def add(self, labelled: npt.NDArray[np.bool_], **values: npt.NDArray[Any]) -> None:
+        """Adds N positions; nll and right count at labelled ones only."""
+        self._positions += len(labelled)
+        self._labelled += int(labelled.sum())
         for name, value in values.items():
-            self._parts.setdefault(name, []).append(value)
+            counted = value[labelled] if name in ("nll", "right", "confidence") else value
+            self._sums[name] = self._sums.get(name, 0.0) + float(counted.sum(dtype=np.float64))
+        if "right" in values:
+            self._bins += _binned(values["confidence"][labelled], values["right"][labelled])
+            self._binned = True
 
-    def evaluation(self) -> Evaluation:
-        values = {name: np.concatenate(parts) for name, parts in self._parts.items()}
-        labelled = values["labelled"]
-        right, confidence = values["right"][labelled], values["confidence"][labelled]
-        ece, bins = reliability(confidence, right)
-        any_label = bool(labelled.any())
+    def evaluation(self, sequences: bool) -> Evaluation:
+        def mean(name: str, count: int) -> float | None:
+            return self._sums[name] / count if count and name in self._sums else None
+
+        ece, bins = _calibration(self._bins)
+        nll = mean("nll", self._labelled)
+        judged = self._binned and self._labelled > 0
         return Evaluation(
             rows=self.rows,
-            labelled=int(labelled.sum()),
-            accuracy=_mean(right),
-            nll=_mean(values["nll"][labelled]),
-            ece=ece if any_label else None,
-            agreement=_mean(values.get("agreement")),
-            kl_to_teacher=_mean(values.get("kl")),
-            acceptance=_mean(values.get("acceptance")),
-            bins=bins if any_label else (),
+            labelled=self._labelled,
+            accuracy=mean("right", self._labelled),
+            nll=nll,
+            ece=ece if judged else None,
+            agreement=mean("agreement", self._positions),
+            kl_to_teacher=mean("kl", self._positions),
+            acceptance=mean("acceptance", self._positions),
+            perplexity=_exp(nll) if sequences and nll is not None else None,
+            positions=self._positions if sequences else None,
+            bins=bins if judged else (),
         )
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf
+
+
+def _batch_size(sequences: bool) -> int:
+    return SEQUENCES if sequences else ROWS
+
+
+def _in_chunks(outputs: Outputs, sequences: bool) -> Iterator[tuple[slice, Tensor]]:
+    """Positions and their logits: of a language model never all at once."""
+    if sequences:
+        return outputs.chunks()
+    return iter([(slice(0, len(outputs.values)), outputs.values.double())])
+
+
+def _figures(
+    logits: Tensor, batch: Batch, here: slice, device: torch.device | str
+) -> dict[str, npt.NDArray[Any]]:
+    """What the positions `here` of a batch say, by name."""
+    one_each = np.ones(here.stop - here.start, np.int32)
+    soft = batch.targets.map_positions(here, one_each)
+    found = _labelled(logits, soft.label_ids)
+    if soft.tail is not None:
+        found |= _compare(logits, targets_at(soft, device=device))
+    return found
 
 
 def _each_row_once(
     plan: Plan, batch_size: int, columns: Sequence[str], roots: Mapping[str, str] | None
-) -> Iterator[Any]:
+) -> Iterator[Batch]:
     """Batches of the plan in its order; a row that several entries take comes once."""
     once = dataclasses.replace(plan, entries=entries_table(_distinct(plan)))
     stream = Stream(
@@ -237,30 +336,17 @@ def _distinct(plan: Plan) -> list[dict[str, Any]]:
     return list(merged.values())
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.random.fork_rng(), torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _compare(logits: Tensor, targets: Targets) -> dict[str, npt.NDArray[Any]]:
     """Per row: kl, acceptance and, where a top class is stored, agreement with it."""
-    logits = logits.double()
     kl = distillation_loss(logits, targets, tail="bucket").kl
     stored = targets.ids >= 0
     at = targets.ids.clamp(min=0).long()
     q = logits.softmax(1)
     # Added, not set: a pad points at class 0, which may be stored too. x - x is exactly 0.
     tail_q = q.scatter_add(1, at, -q.gather(1, at) * stored).sum(1)
-    p = rescale_head(targets.logprobs, targets.tail_logprob).double().exp()
+    p = rescale_head(targets.logprobs, targets.tail_logprob).to(q.dtype).exp()
     both = torch.minimum(p, q.gather(1, at) * stored).sum(1)
-    acceptance = both + torch.minimum(targets.tail_logprob.double().exp(), tail_q)
+    acceptance = both + torch.minimum(targets.tail_logprob.to(q.dtype).exp(), tail_q)
     values = {"kl": kl, "acceptance": acceptance}
     if targets.ids.shape[1]:
         values["agreement"] = logits.argmax(1) == targets.ids[:, 0]
@@ -271,7 +357,7 @@ def _labelled(
     logits: Tensor, label_ids: npt.NDArray[np.int32] | None
 ) -> dict[str, npt.NDArray[Any]]:
     """Per row: whether it has a hard label, confidence, whether it is right, nll."""
-    log_q = logits.double().log_softmax(1).cpu()
+    log_q = logits.log_softmax(1).cpu()
     top, choice = log_q.max(1)
     labels = np.full(len(log_q), -1) if label_ids is None else label_ids
     at = torch.from_numpy(np.maximum(labels, 0).astype(np.int64))
@@ -282,10 +368,6 @@ def _labelled(
         "right": choice.numpy() == labels,
         "nll": nll.numpy(),
     }
-
-
-def _mean(values: npt.NDArray[Any] | None) -> float | None:
-    return float(values.mean()) if values is not None and len(values) else None
 
 
 def _wait(device: torch.device | str) -> None:

@@ -1,21 +1,7 @@
-"""Distillation losses on given logits: forward KL to sparse targets, mixed with hard labels.
+"""The distillation loss on given logits: KL to sparse targets, mixed with hard labels.
 
-N positions, V classes, k stored ids a position, e further entries (draws, or the hard label).
-z = logits / T; q = softmax(z); S: the stored ids; p_j: teacher probability; r: the tail mass.
-
-Every tail mode is one target a row in four parts (`Rows`): probabilities on S, entries added
-anywhere, a mass c spread outside S as the student spreads its own, and a density u for each id
-outside S. With q_tail the student's mass outside S, and t = softmax of z outside S,
-
-    cross-entropy  = - sum_S p log q - sum_extra w log q - c log q_tail - u sum_{v not in S} log q
-    d/dz off S     = q - c t - u = t (q_tail - c) - u
-    d/dz on S      = q - p
-    extra entries  : - w, added
-
-so the gradient is the softmax outside S times a row scale, plus a row constant, plus k + e
-scattered entries. t and log q_tail come from logits by a softmax in which S is masked: q_tail is
-never 1 - sum, and neither r / q_tail nor log q_tail is formed from a q_tail that underflowed.
-`normalize_outside_` and `gradient_` are that arithmetic on any [C, V] block of rows.
+N positions, V classes, k stored ids a position. `softlabels.student.kernel` holds the arithmetic
+and `softlabels.student.fused` the same loss for a linear head, without the [N, V] logits.
 """
 
 import functools
@@ -23,12 +9,14 @@ import warnings
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from softlabels.errors import BadInputError, MismatchError
+from softlabels.student.kernel import Factors, evaluate_, gradient_, normalize_outside_
 from softlabels.student.temper import (
+    Divergence,
     Problem,
     Rows,
     TailMode,
@@ -40,11 +28,13 @@ from softlabels.student.temper import (
     require_temperature,
     rescale_head,
     resolve_tail,
+    reverse_problem,
     temper,
 )
 
 __all__ = [
     "DistillationLoss",
+    "Divergence",
     "Rows",
     "TailMode",
     "Targets",
@@ -66,7 +56,8 @@ class DistillationLoss(NamedTuple):
     Attributes:
         loss: float [], differentiable: sum of w (kd_weight T² KL + (1 - kd_weight) CE) over the
             normalizer.
-        kl: float [N], detached; KL(teacher‖student) in nats, as the tail mode defines it.
+        kl: float [N], detached; the divergence in nats, as the tail mode defines it; NaN where
+            there were no targets.
         hard: float [N], detached; cross-entropy of the hard label at T = 1 in nats, 0 where the
             label is -1; None without labels.
     """
@@ -76,29 +67,12 @@ class DistillationLoss(NamedTuple):
     hard: Float[Tensor, " N"] | None
 
 
-class LogProbs(NamedTuple):
-    """The student's log-probabilities, nats, where the target asks for them.
-
-    Attributes:
-        head: float [N, k], log q on S; -inf at pads.
-        extra: float [N, e], log q of the extra entries.
-        label: float [N], log q of the hard label.
-        tail: float [N], log q_tail.
-        tail_mean: float [N], mean of log q over the ids outside S; None unless asked for.
-    """
-
-    head: Tensor
-    extra: Tensor
-    label: Tensor
-    tail: Tensor
-    tail_mean: Tensor | None
-
-
 def distillation_loss(
     logits: Float[Tensor, "N V"],
     targets: Targets,
     *,
     tail: TailMode = "bucket",
+    divergence: Divergence = "forward",
     temperature: float = 1.0,
     kd_weight: float = 1.0,
     labels: Int[Tensor, " N"] | None = None,
@@ -119,6 +93,7 @@ def distillation_loss(
         logits: any float dtype; computed in float32 (float64 stays). Gradients have this dtype.
         targets: values at `temperature`; the head is rescaled to the mass 1 - exp(tail) here.
         tail: what stands for the mass outside the stored ids.
+        divergence: KL is KL(teacher‖student), or "reverse": KL(student‖teacher), for tail "bucket".
         temperature: T > 0, divides the logits.
         kd_weight: in [0, 1].
         labels: -1: no hard label, so no CE for that row (the normalizer stays the same).
@@ -131,172 +106,96 @@ def distillation_loss(
     Raises:
         BadInputError: an option or dtype is wrong, or the mode lacks the labels or draws it needs.
         MismatchError: shapes disagree, or ids or labels are not below V.
-        DataError: targets contradict themselves; see `check_targets`.
+        DataError: targets contradict themselves; see `check_targets`. A reverse KL would be
+            infinite.
 
     Source: T² and the mix with hard labels: Hinton, Vinyals, Dean, "Distilling the Knowledge in
         a Neural Network", 2015.
     """
-    _check_call(logits, targets, tail, temperature, kd_weight, labels, weights)
-    if validate:
-        _check_values(targets, tail, labels, logits.shape[1])
-    if tail == "renormalize":
-        _warn_renormalize()
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise BadInputError(
+            f"logits: expected floats [N, V], found {tuple(logits.shape)!r} of {logits.dtype}"
+        )
+    call = Call(tail, divergence, temperature, kd_weight, labels, weights, normalizer)
+    check(call, targets, len(logits), logits.shape[1], validate)
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
     with torch.no_grad():
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        rows = resolve_tail(targets, tail, labels, logits.shape[1], dtype)
-        share = _shares(rows, weights, normalizer)
-        value, kl, hard, gradient = _evaluate(
-            logits, rows, temperature, kd_weight, labels, share, with_gradient
-        )
+        z, value, kl, hard = _evaluate(logits, targets, call, with_gradient)
     loss = value
-    if gradient is not None:
-        loss = cast(Tensor, _GradientInForward.apply(logits, value, gradient))  # type: ignore[no-untyped-call]
+    if with_gradient:
+        loss = cast(Tensor, _GradientInForward.apply(logits, value, z))  # type: ignore[no-untyped-call]
     return DistillationLoss(loss, kl, hard)
 
 
-def _shares(rows: Rows, weights: Tensor | None, normalizer: float | Tensor | None) -> Tensor:
-    """Float [N]: weight over normalizer."""
-    share = torch.ones_like(rows.entropy)
-    if weights is not None:
-        share = weights.to(share).expand_as(share)
-    total = share.sum() if normalizer is None else torch.as_tensor(normalizer).to(share)
-    # A batch in which nothing counts has loss 0, not 0 / 0.
-    return share / total.where(total != 0, 1)
+class Call(NamedTuple):
+    """What a loss is asked for; see `distillation_loss`."""
 
-
-def normalize_outside_(z: Tensor, rows: Rows, labels: Tensor) -> LogProbs:
-    """The log-probabilities that a target asks for; leaves in `z` the softmax outside S, t.
-
-    Args:
-        z: float [C, V], logits / T; overwritten. t is of no use on S.
-        rows: the targets of these C rows.
-        labels: int64 [C], in [0, V).
-    """
-    at = torch.cat([rows.ids, rows.extra_ids, labels.unsqueeze(1)], dim=1)
-    widths = [rows.ids.shape[1], rows.extra_ids.shape[1], 1]
-    head, extra, label = torch.split(z.gather(1, at), widths, dim=1)
-    sums = None if rows.uniform is None else z.sum(1) - (head * rows.stored).sum(1)
-    head = head.masked_fill(~rows.stored, -torch.inf)
-    # Not -inf: a row with nothing outside S must not become NaN. Adding leaves pads alone.
-    lowest = torch.finfo(z.dtype).min / 2
-    z.scatter_add_(1, rows.ids, rows.stored.to(z.dtype) * lowest)
-    top = z.amax(1, keepdim=True)
-    top = top.masked_fill(top <= lowest, -torch.inf)
-    torch.softmax(z, 1, out=z)
-    # t at the largest logit is 1 / sum exp(z - top).
-    log_sum = -z.amax(1, keepdim=True).log()
-    peak = torch.cat([head, top], dim=1).amax(1, keepdim=True)
-    tail = top - peak + log_sum
-    log_z = torch.cat([head - peak, tail], dim=1).exp().sum(1, keepdim=True).log()
-    mean = None
-    if sums is not None:
-        mean = sums / _outside(z, rows) - (peak + log_z).squeeze(1)
-    return LogProbs(
-        head - peak - log_z,
-        extra - peak - log_z,
-        (label - peak - log_z).squeeze(1),
-        (tail - log_z).squeeze(1),
-        mean,
-    )
-
-
-def _outside(z: Tensor, rows: Rows) -> Tensor:
-    """V - k, the number of ids outside S; at least 1."""
-    return (z.shape[1] - rows.stored.sum(1)).clamp(min=1)
-
-
-def cross_entropy(rows: Rows, log_q: LogProbs) -> Tensor:
-    """Float [C], nats: the cross-entropy of each target with the student."""
-    total = _dot(rows.probs, log_q.head) + _dot(rows.extra_probs, log_q.extra)
-    if rows.spread is not None:
-        total += _dot(rows.spread.unsqueeze(1), log_q.tail.unsqueeze(1))
-    if rows.uniform is not None and log_q.tail_mean is not None:
-        total += _dot(rows.uniform.unsqueeze(1), log_q.tail_mean.unsqueeze(1))
-    return -total
-
-
-def _dot(p: Tensor, x: Tensor) -> Tensor:
-    """Sum of p x over the last axis, where p = 0 counts 0 even if x is infinite."""
-    return (p * x).masked_fill(p == 0, 0).sum(-1)
-
-
-def gradient_(
-    z: Tensor, rows: Rows, log_q: LogProbs, labels: Tensor, soft: Tensor, hard: Tensor
-) -> None:
-    """Turns `z`, as `normalize_outside_` left it, into soft (q - target) + hard (q - onehot).
-
-    That is d/dz of soft CE(target, q) + hard CE(label, q). Off S it is
-    t ((soft + hard) q_tail - soft c) - soft u, and on S (soft + hard) q - soft p.
-
-    Args:
-        z: float [C, V], t; overwritten.
-        rows: the targets.
-        log_q: what `normalize_outside_` returned.
-        labels: int64 [C], in [0, V).
-        soft: float [C], factor of the soft target's part.
-        hard: float [C], factor of the hard label's part.
-    """
-    both = soft + hard
-    scale = both * log_q.tail.exp()
-    at_head = both.unsqueeze(1) * log_q.head.exp() - soft.unsqueeze(1) * rows.probs
-    if rows.spread is not None:
-        scale -= soft * rows.spread
-    z.mul_(scale.unsqueeze(1))
-    if rows.uniform is not None:
-        density = (soft * rows.uniform / _outside(z, rows)).unsqueeze(1)
-        z.sub_(density)
-        at_head += density * rows.stored
-    at = torch.cat([rows.ids, rows.extra_ids, labels.unsqueeze(1)], dim=1)
-    entries = [at_head, -soft.unsqueeze(1) * rows.extra_probs, -hard.unsqueeze(1)]
-    z.scatter_add_(1, at, torch.cat(entries, dim=1))
+    tail: TailMode
+    divergence: Divergence
+    temperature: float
+    kd_weight: float
+    labels: Tensor | None
+    weights: Tensor | None
+    normalizer: float | Tensor | None
 
 
 def _evaluate(
-    logits: Tensor,
-    rows: Rows,
-    temperature: float,
-    kd_weight: float,
-    labels: Tensor | None,
-    share: Tensor,
-    with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The loss, KL and CE a row, and d loss / d logits where asked for; `share`: w / normalizer.
+    logits: Tensor, targets: Targets, call: Call, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradient of the logits (where asked for), the loss, and each row's KL and CE."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    rows = resolve_tail(
+        targets, call.tail, call.labels, logits.shape[1], dtype, divergence=call.divergence
+    )
+    parts = share(call, rows.entropy)
+    z = logits.to(dtype, copy=True)
+    apart = z.clone() if call.temperature != 1 and call.labels is not None else None
+    if call.temperature != 1:
+        z.div_(call.temperature)
+    kl, log_label = evaluate_(z, rows, parts.at, parts.factors if with_gradient else None, apart)
+    value, hard = parts.total(kl, log_label)
+    return z, value, kl, None if call.labels is None else hard
 
-    At T = 1 one softmax serves both parts. Otherwise the hard labels take another one, which is
-    the same arithmetic with nothing stored.
+
+class Parts(NamedTuple):
+    """What each row's two parts count, weights over the normalizer included.
+
+    Attributes:
+        at: int64 [N], the hard label, 0 where there is none.
+        has_label: bool [N].
+        factors: of the gradient of the logits: share kd_weight T, share (1 - kd_weight).
+        kl_factor: float [N], share kd_weight T².
     """
-    z = logits.to(share.dtype, copy=True)
-    if temperature != 1:
-        z.div_(temperature)
-    has_label = torch.zeros_like(rows.entropy, dtype=torch.bool) if labels is None else labels >= 0
+
+    at: Int[Tensor, " N"]
+    has_label: Bool[Tensor, " N"]
+    factors: Factors
+    kl_factor: Float[Tensor, " N"]
+
+    def total(self, kl: Tensor, log_label: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss [] and the cross-entropy of each label [N], 0 where there is none."""
+        hard = (-log_label).masked_fill(~self.has_label, 0)
+        value = (self.kl_factor * kl).masked_fill(self.kl_factor == 0, 0).sum()
+        factor = self.factors.hard
+        return value + (factor * hard).masked_fill(factor == 0, 0).sum(), hard
+
+
+def share(call: Call, like: Float[Tensor, " N"]) -> Parts:
+    """How much each row's soft target and hard label count; `like`: for dtype, N and device."""
+    part, labels = torch.ones_like(like), call.labels
+    if call.weights is not None:
+        part = call.weights.to(part).expand_as(part)
+    total = part.sum()
+    if call.normalizer is not None:
+        total = torch.as_tensor(call.normalizer, dtype=part.dtype, device=part.device)
+    # A batch in which nothing counts has loss 0, not 0 / 0.
+    part = part / total.where(total != 0, 1)
+    has_label = torch.zeros_like(like, dtype=torch.bool) if labels is None else labels >= 0
     at = torch.zeros_like(has_label, dtype=torch.long)
     if labels is not None:
         at = labels.clamp(min=0).long()
-    soft, hard = share * kd_weight * temperature, share * (1 - kd_weight) * has_label
-    log_q = normalize_outside_(z, rows, at)
-    kl = cross_entropy(rows, log_q) - rows.entropy
-    log_label, with_soft, apart = log_q.label, hard, None
-    if temperature != 1 and labels is not None:
-        log_label, apart = _hard_alone(logits, rows, at, hard)
-        with_soft = torch.zeros_like(hard)
-    ce = (-log_label).masked_fill(~has_label, 0)
-    if with_gradient:
-        gradient_(z, rows, log_q, at, soft, with_soft)
-        if apart is not None:
-            z += apart
-    value = _dot(soft * temperature, kl) + _dot(hard, ce)
-    return value, kl, None if labels is None else ce, z if with_gradient else None
-
-
-def _hard_alone(logits: Tensor, rows: Rows, labels: Tensor, hard: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each label at T = 1, and `hard` times the gradient of its negative."""
-    z = logits.to(hard.dtype, copy=True)
-    ids, probs = rows.ids[:, :0], rows.probs[:, :0]
-    nothing = Rows(ids, rows.stored[:, :0], probs, ids, probs, None, None, rows.entropy)
-    log_q = normalize_outside_(z, nothing, labels)
-    gradient_(z, nothing, log_q, labels, torch.zeros_like(hard), hard)
-    return log_q.label, z
+    soft, hard = part * call.kd_weight * call.temperature, part * (1 - call.kd_weight) * has_label
+    return Parts(at, has_label, Factors(soft, hard), soft * call.temperature)
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -317,33 +216,17 @@ class _GradientInForward(torch.autograd.Function):
         return (gradient * factor).to(ctx.dtype), None, None
 
 
-def _check_call(
-    logits: Tensor,
-    targets: Targets,
-    tail: TailMode,
-    temperature: float,
-    kd_weight: float,
-    labels: Tensor | None,
-    weights: Tensor | None,
+def check(
+    call: Call, targets: Targets | None, n: int, num_classes: int, validate: bool = True
 ) -> None:
-    """Raises for what options, dtypes and shapes alone show to be wrong."""
-    if logits.ndim != 2 or not logits.is_floating_point():
-        raise BadInputError(
-            f"logits: expected floats [N, V], found {tuple(logits.shape)!r} of {logits.dtype}"
-        )
-    check_shapes(targets)
-    n = logits.shape[0]
-    if targets.ids.shape[0] != n:
-        raise MismatchError(f"targets: expected {n} rows as logits, found {targets.ids.shape[0]}")
-    require_temperature(temperature)
-    if tail not in get_args(TailMode):
-        raise BadInputError(f"tail: expected one of {get_args(TailMode)!r}, found {tail!r}")
-    if not 0 <= kd_weight <= 1:
-        raise BadInputError(f"kd_weight: expected a number in [0, 1], found {kd_weight!r}")
-    if labels is None and (kd_weight < 1 or tail == "label"):
-        raise BadInputError(
-            f"labels: expected hard labels, found None, with kd_weight {kd_weight!r}, tail {tail!r}"
-        )
+    """Raises for what is wrong with a call on `n` positions; warns where it will be regretted.
+
+    Args:
+        targets: None is for hard labels alone.
+        validate: whether to look at values, too.
+    """
+    _check_options(call)
+    labels, weights = call.labels, call.weights
     if labels is not None and (labels.shape != (n,) or labels.dtype not in _INTS):
         raise MismatchError(
             f"labels: expected int32 or int64 of shape ({n},), "
@@ -351,30 +234,72 @@ def _check_call(
         )
     if weights is not None and tuple(weights.shape) not in ((), (1,), (n,)):
         raise MismatchError(f"weights: expected shape () or ({n},), found {tuple(weights.shape)!r}")
+    problems = []
+    if validate and labels is not None:
+        problems.append(range_problem(labels, "labels", num_classes))
+    if targets is not None:
+        _check_targets_of(call, targets, n)
+        if validate:
+            check_targets(targets, num_classes)
+            problems += _target_problems(call, targets, num_classes)
+    elif call.kd_weight > 0:
+        raise BadInputError(f"targets: expected some with kd_weight {call.kd_weight!r}, found None")
+    if problems:
+        refuse(problems)
+    if targets is not None and call.tail == "renormalize":
+        _warn_renormalize()
+
+
+def _check_options(call: Call) -> None:
+    """Raises for options that cannot be meant."""
+    require_temperature(call.temperature)
+    if call.tail not in get_args(TailMode):
+        raise BadInputError(f"tail: expected one of {get_args(TailMode)!r}, found {call.tail!r}")
+    if call.divergence not in get_args(Divergence):
+        raise BadInputError(
+            f"divergence: expected one of {get_args(Divergence)!r}, found {call.divergence!r}"
+        )
+    if call.divergence == "reverse" and call.tail != "bucket":
+        raise BadInputError(
+            f"divergence 'reverse' with tail {call.tail!r}: expected tail 'bucket', since only "
+            "there are both sides distributions over the same k + 1 classes"
+        )
+    if not 0 <= call.kd_weight <= 1:
+        raise BadInputError(f"kd_weight: expected a number in [0, 1], found {call.kd_weight!r}")
+    if call.labels is None and (call.kd_weight < 1 or call.tail == "label"):
+        raise BadInputError(
+            "labels: expected hard labels, found None, "
+            f"with kd_weight {call.kd_weight!r}, tail {call.tail!r}"
+        )
+
+
+def _check_targets_of(call: Call, targets: Targets, n: int) -> None:
+    """Raises where shapes and dtypes of targets do not fit the call."""
+    check_shapes(targets)
+    if targets.ids.shape[0] != n:
+        raise MismatchError(f"targets: expected {n} rows as logits, found {targets.ids.shape[0]}")
     drawn = targets.draws is not None and targets.draws.shape[1] > 0
-    if tail == "sampled" and not drawn and bool((targets.tail_logprob > -torch.inf).any()):
+    has_tail = targets.tail_logprob > -torch.inf
+    if call.tail == "sampled" and not drawn and bool(has_tail.any()):
         raise BadInputError(
             "tail 'sampled': expected draws, found none, and there is tail mass; use 'bucket'"
         )
 
 
-def _check_values(
-    targets: Targets, tail: TailMode, labels: Tensor | None, num_classes: int
-) -> None:
-    """Raises for what only the values show to be wrong."""
-    check_targets(targets, num_classes)
+def _target_problems(call: Call, targets: Targets, num_classes: int) -> list[Problem]:
+    """What only the values show to be wrong with targets that are good in themselves."""
     problems = []
-    if labels is not None:
-        problems.append(range_problem(labels, "labels", num_classes))
-    if labels is not None and tail == "label":
-        wrong = (labels < 0) & (targets.tail_logprob > -torch.inf)
-        problems.append(Problem(wrong, labels, "labels", "a label wherever there is tail mass"))
-    if tail == "renormalize":
-        empty = (targets.ids < 0).all(1)
-        lost = targets.tail_logprob
+    if call.labels is not None and call.tail == "label":
+        wrong = (call.labels < 0) & (targets.tail_logprob > -torch.inf)
+        problems.append(
+            Problem(wrong, call.labels, "labels", "a label wherever there is tail mass")
+        )
+    if call.divergence == "reverse":
+        problems.append(reverse_problem(targets, num_classes))
+    if call.tail == "renormalize":
+        empty, lost = (targets.ids < 0).all(1), targets.tail_logprob
         problems.append(Problem(empty, lost, "targets", "an id to renormalize, beside the tail"))
-    if problems:
-        refuse(problems)
+    return problems
 
 
 @functools.cache
@@ -383,5 +308,5 @@ def _warn_renormalize() -> None:
         "tail 'renormalize' drops the teacher's tail mass: students come out overconfident; "
         "'sampled' is unbiased where draws are stored, 'bucket' a bound where they are not",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,  # the caller of the loss
     )

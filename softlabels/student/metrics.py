@@ -16,9 +16,10 @@ _SUMS = ("loss", "kl", "hard_ce")
 class MetricsLog:
     """Sums up steps and writes one JSON line for every `every` of them.
 
-    A line holds step, epoch, loss, kl and hard_ce (nats, means over the steps it sums up; hard_ce
-    null without labels), lr, rows_per_s and data_wait_share (0 to 1, of those steps' time). An
-    evaluation line holds step, epoch and evaluation.
+    A line holds step, epoch, loss, kl and hard_ce (nats, means over the steps it sums up; kl null
+    without targets, hard_ce without labels), lr, rows_per_s, for sequences tokens_per_s (padding
+    left out), and data_wait_share (0 to 1, of those steps' time). An evaluation line holds step,
+    epoch and evaluation.
     """
 
     def __init__(self, out: Path, every: int) -> None:
@@ -26,6 +27,7 @@ class MetricsLog:
         self._path = out / NAME
         self._every = every
         self._totals: dict[str, Any] = {}
+        self._tokens: int | None = None
         self._clear()
         self._started = time.perf_counter()
 
@@ -49,20 +51,22 @@ class MetricsLog:
         values: Mapping[str, Any],
         *,
         loss: float,
-        kl: float,
+        kl: float | None,
         hard_ce: float | None,
         rows: int,
         waited: float,
+        tokens: int | None = None,
     ) -> bool:
         """Counts one step; whether it completed a line, which is then in `last` and in the file.
 
         Args:
             values: what the line takes from its last step: step, epoch, lr.
             loss: of the step.
-            kl: mean of the step, nats.
+            kl: mean of the step, nats; None: there were no targets.
             hard_ce: mean of the step, nats.
             rows: of the step.
             waited: seconds in which the step waited for data.
+            tokens: of the step; None: no sequences.
         """
         now = time.perf_counter()
         self._seconds += now - self._started
@@ -70,12 +74,10 @@ class MetricsLog:
         self._rows += rows
         self._waited += waited
         self._count += 1
-        self._totals["loss"] += loss
-        self._totals["kl"] += kl
-        if hard_ce is None or self._totals["hard_ce"] is None:
-            self._totals["hard_ce"] = None
-        else:
-            self._totals["hard_ce"] += hard_ce
+        self._tokens = None if tokens is None else (self._tokens or 0) + tokens
+        for name, value in zip(_SUMS, (loss, kl, hard_ce), strict=True):
+            total = self._totals[name]
+            self._totals[name] = None if value is None or total is None else total + value
         if values["step"] % self._every:
             return False
         self.write(self._line(values))
@@ -92,18 +94,22 @@ class MetricsLog:
     def _line(self, values: Mapping[str, Any]) -> dict[str, Any]:
         means = {n: None if t is None else t / self._count for n, t in self._totals.items()}
         seconds = max(self._seconds, 1e-9)
+        speed = {"rows_per_s": round(self._rows / seconds, 1)}
+        if self._tokens is not None:
+            speed["tokens_per_s"] = round(self._tokens / seconds, 1)
         return {
             "step": values["step"],
             "epoch": values["epoch"],
             **means,
             "lr": values["lr"],
-            "rows_per_s": round(self._rows / seconds, 1),
+            **speed,
             "data_wait_share": round(min(1.0, self._waited / seconds), 4),
         }
 
     def _clear(self) -> None:
         self._count = self._rows = 0
         self._seconds = self._waited = 0.0
+        self._tokens = None
         self._totals = dict.fromkeys(_SUMS, 0.0)
 
     def _cut(self, step: int) -> None:

@@ -3,14 +3,17 @@
 out/checkpoints/step-…/    see `checkpoint`
 out/metrics.jsonl          see `metrics`
 out/student.safetensors    the finished student
+out/config.json            with model.safetensors and, if known, tokenizer.json: so that
+                           transformers loads a student of its own
 out/student.json           written last: the run is finished when it is there
 """
 
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -21,11 +24,15 @@ from softlabels.imports import load_object, source_sha256
 from softlabels.plan import Plan
 from softlabels.storage import open_root
 from softlabels.student import checkpoint
-from softlabels.student.batch import Decode
+from softlabels.student.batch import Decode, LabelSpace, label_space
+from softlabels.student.causal import Forward
 from softlabels.student.checkpoint import STUDENT
-from softlabels.student.evaluate import evaluate
+from softlabels.student.evaluate import evaluate, make_forward
+from softlabels.student.fit import tokenizer_of
 from softlabels.student.metrics import MetricsLog
-from softlabels.student.spec import OptimizerSpec, RunSpec
+from softlabels.student.pretrained import build_language_model, leave_folder
+from softlabels.student.sequences import COLUMNS
+from softlabels.student.spec import OptimizerSpec, RunSpec, StudentSpec
 from softlabels.student.stream import Stream
 
 RESULT = "student.json"
@@ -39,13 +46,14 @@ class Run:
     Attributes:
         spec: what to do.
         model: the student, on `device`.
-        decode: makes its input.
+        decode: makes its input from carried columns; None: it takes sequences.
+        forward: its call on a batch.
         stream: gives batches, from where the run is.
         optimizer: over the student's trained parameters.
         log: metrics.jsonl.
         lineage: what checkpoints and student.json say of where the student comes from.
         evaluation_plan: None: no evaluation.
-        num_classes: V.
+        space: what its classes or tokens are.
         device: where the student is.
         total: steps of the whole run.
         step: steps done.
@@ -54,13 +62,14 @@ class Run:
 
     spec: RunSpec
     model: nn.Module
-    decode: Decode
+    decode: Decode | None
+    forward: Forward
     stream: Stream
     optimizer: torch.optim.Optimizer
     log: MetricsLog
     lineage: Mapping[str, Any]
     evaluation_plan: Plan | None
-    num_classes: int
+    space: LabelSpace
     device: torch.device
     total: int
     step: int = 0
@@ -77,30 +86,32 @@ class Run:
     ) -> Self:
         """The run before its first step. Seeds torch, then builds the student, in this order."""
         temperature = spec.loss.temperature
+        space = label_space(plan, "the plan")
         stream = Stream(
             plan,
             batch_size=spec.batch_size,
             seed=spec.seed,
             epochs=spec.epochs,
-            columns=spec.inputs.columns,
+            columns=spec.inputs.columns if space.alignment is None else COLUMNS,
             temperatures=() if temperature == 1 else (temperature,),
             roots=plan.roots_of(spec.roots),
         )
-        decode = decode or load_decode(spec)
+        decode = (decode or load_decode(spec)) if space.alignment is None else None
         device = pick_device(spec.device)
         torch.manual_seed(spec.seed)
-        model = build_student(spec) if model is None else model
+        model = build_student(spec, space.num_classes) if model is None else model
         model.to(device)
         return cls(
             spec=spec,
             model=model,
             decode=decode,
+            forward=make_forward(model, space, decode, device, spec.loss.fused),
             stream=stream,
             optimizer=make_optimizer(spec.optimizer, model),
             log=MetricsLog(Path(spec.out), spec.log_every),
             lineage=_lineage(spec, plan, model, decode),
             evaluation_plan=evaluation_plan,
-            num_classes=next(iter(plan.tables.values())).contents.num_classes,
+            space=space,
             device=device,
             total=spec.steps or (spec.epochs or 0) * stream.batches_per_epoch,
         )
@@ -146,8 +157,10 @@ class Run:
             self.evaluation_plan,
             self.decode,
             self.spec.inputs.columns,
+            batch_size=self.spec.evaluate.batch_size if self.spec.evaluate is not None else None,
             roots=self.evaluation_plan.roots_of(self.spec.roots),
             device=self.device,
+            fused=self.spec.loss.fused,
         ).as_dict()
         figures = {name: value for name, value in found.items() if name != "bins"}
         self.log.write({"step": self.step, "epoch": self.epoch, "evaluation": figures})
@@ -170,6 +183,7 @@ class Run:
         }
         data = checkpoint.tensor_bytes(self.model.state_dict())
         root.write(STUDENT, data)
+        leave_folder(Path(self.spec.out), self.model, tokenizer_of(self.spec))
         record["student_sha256"] = sha256_bytes(data)
         root.write(RESULT, json.dumps(record, indent=1).encode())
         return Path(self.spec.out) / STUDENT, record
@@ -184,8 +198,12 @@ class Run:
                 )
 
 
-def build_student(spec: RunSpec) -> nn.Module:
+def build_student(spec: RunSpec, num_classes: int | None = None) -> nn.Module:
     """A new student as the spec says: its start weights, or from torch's random numbers.
+
+    Args:
+        spec: names it.
+        num_classes: V, for a language model whose config does not say.
 
     Raises:
         BadInputError: the spec names none, what it names makes no module, or there are no such
@@ -194,22 +212,29 @@ def build_student(spec: RunSpec) -> nn.Module:
     """
     if spec.student is None:
         raise BadInputError("student: the spec names none: add student.module, or hand in a module")
-    build = load_object(spec.student.module)
-    try:
-        found = build(**spec.student.arguments)
-    except TypeError as error:
-        raise BadInputError(
-            f"student.arguments {dict(spec.student.arguments)!r} do not fit "
-            f"{spec.student.module!r}: {error}"
-        ) from error
-    if not isinstance(found, nn.Module):
-        raise BadInputError(
-            f"student.module {spec.student.module!r}: expected a torch.nn.Module, "
-            f"found {type(found)!r}"
-        )
+    found = _built(spec.student, num_classes)
     if spec.student.weights is not None:
         weights = checkpoint.read_weights(spec.student.weights)
         checkpoint.load_weights(found, weights, repr(spec.student.weights))
+    return found
+
+
+def _built(asked: StudentSpec, num_classes: int | None) -> nn.Module:
+    if asked.module is None:
+        kind: Literal["causal_lm", "masked_lm"] = "causal_lm" if asked.causal_lm else "masked_lm"
+        assert asked.language_model is not None
+        return build_language_model(asked.language_model, kind, num_classes)
+    build = load_object(asked.module)
+    try:
+        found = build(**asked.arguments)
+    except TypeError as error:
+        raise BadInputError(
+            f"student.arguments {dict(asked.arguments)!r} do not fit {asked.module!r}: {error}"
+        ) from error
+    if not isinstance(found, nn.Module):
+        raise BadInputError(
+            f"student.module {asked.module!r}: expected a torch.nn.Module, found {type(found)!r}"
+        )
     return found
 
 
@@ -259,8 +284,11 @@ def make_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimiz
     return torch.optim.AdamW(parameters, spec.lr, weight_decay=spec.weight_decay)
 
 
-def _lineage(spec: RunSpec, plan: Plan, model: nn.Module, decode: Decode) -> dict[str, Any]:
+def _lineage(spec: RunSpec, plan: Plan, model: nn.Module, decode: Decode | None) -> dict[str, Any]:
     """Where a student comes from, plain JSON."""
+    packages = checkpoint.package_versions()
+    if spec.student is not None and spec.student.language_model is not None:
+        packages["transformers"] = importlib.metadata.version("transformers")
     tables = [
         {
             "name": table.name,
@@ -280,8 +308,8 @@ def _lineage(spec: RunSpec, plan: Plan, model: nn.Module, decode: Decode) -> dic
         "code": {
             "student": f"{type(model).__module__}:{type(model).__qualname__}",
             "student_sha256": source_sha256(type(model)),
-            "decode_sha256": source_sha256(decode),
+            "decode_sha256": None if decode is None else source_sha256(decode),
         },
-        "packages": checkpoint.package_versions(),
+        "packages": packages,
         "threads": torch.get_num_threads(),
     }

@@ -17,8 +17,10 @@ from softlabels.student import checkpoint
 from softlabels.student.batch import LabelSpace, label_space
 from softlabels.student.checkpoint import STUDENT
 from softlabels.student.evaluate import Evaluation, evaluate
+from softlabels.student.fit import require_student, require_tokens
+from softlabels.student.pretrained import CONFIG
 from softlabels.student.run import RESULT, build_student, load_decode, pick_device
-from softlabels.student.spec import RunSpec
+from softlabels.student.spec import LanguageModelSpec, RunSpec
 
 
 def read_result(out: Path) -> dict[str, Any] | None:
@@ -102,24 +104,39 @@ def evaluate_saved(spec: RunSpec, plan: Plan, weights: str | None = None) -> Eva
         MismatchError: weights, student and the plan's label space do not fit each other.
     """
     space = label_space(plan, "the evaluation plan")
+    require_student(spec, space)
     record = read_result(Path(spec.out))
     if record is not None:
         trained = Contents.model_validate(record["tables"][0]["contents"])
-        own = LabelSpace(trained.num_classes, trained.classes)
-        own.require(space, "the student", "the evaluation plan")
+        LabelSpace.of(trained).require(space, "the student", "the evaluation plan")
+    require_tokens(spec, plan, "the evaluation plan")
     path = weights or str(Path(spec.out) / STUDENT)
     tensors = checkpoint.read_weights(path)
-    decode, device = load_decode(spec), pick_device(spec.device)
-    model = build_student(spec)
+    decode = load_decode(spec) if space.alignment is None else None
+    device = pick_device(spec.device)
+    model = build_student(_from_its_folder(spec), space.num_classes)
     checkpoint.load_weights(model, tensors, repr(path))
     return evaluate(
         model.to(device),
         plan,
         decode,
         spec.inputs.columns,
+        batch_size=spec.evaluate.batch_size if spec.evaluate is not None else None,
         roots=plan.roots_of(spec.roots),
         device=device,
+        fused=spec.loss.fused,
     )
+
+
+def _from_its_folder(spec: RunSpec) -> RunSpec:
+    """The spec with the config that its finished student left, for its origin may be gone."""
+    asked = spec.student.language_model if spec.student is not None else None
+    if spec.student is None or asked is None or not (Path(spec.out) / CONFIG).is_file():
+        return spec
+    kept = LanguageModelSpec(config=spec.out, dtype=asked.dtype)
+    kind = "causal_lm" if spec.student.causal_lm else "masked_lm"
+    student = spec.student.model_copy(update={kind: kept, "weights": None})
+    return spec.model_copy(update={"student": student})
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

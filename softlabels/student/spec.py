@@ -8,27 +8,80 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from softlabels.fingerprint import sha256_json
 from softlabels.specs import load_spec
-from softlabels.student.temper import TailMode
+from softlabels.student.temper import Divergence, TailMode
 
 Positive = Annotated[int, Field(ge=1)]
+
+Normalization = Literal["token", "sequence"]
+"""Whether every position counts the same, or every sequence."""
+
+Fused = Literal["auto", "always", "never"]
+"""Whether a language model's logits are made inside the loss, chunk by chunk."""
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class StudentSpec(_Settings):
-    """Any `torch.nn.Module` that gives logits [B, V].
+class LanguageModelSpec(_Settings):
+    """A language model of `transformers`, new or trained; give config or checkpoint.
 
     Attributes:
-        module: import path of what builds it, "package.module:Class" or "file.py:Class".
-        arguments: what it is called with.
-        weights: safetensors file to start from; none: as the seed initialises it.
+        config: of a new one: a folder with a config.json, a hub repository, or its settings,
+            `{model_type: llama, hidden_size: 512, …}`; vocab_size is the plan's if left out.
+        checkpoint: of a trained one: a folder or hub repository with safetensors.
+        gradient_checkpointing: recompute layers in the backward pass: less memory, more time.
+        dtype: of the weights.
     """
 
-    module: str
+    config: str | Mapping[str, Any] | None = None
+    checkpoint: str | None = None
+    gradient_checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.config is None) == (self.checkpoint is None):
+            found = f"config {self.config!r} and checkpoint {self.checkpoint!r}"
+            raise ValueError(f"expected exactly one of config and checkpoint, found {found}")
+        if isinstance(self.config, Mapping) and "model_type" not in self.config:
+            raise ValueError(f"config: expected a model_type, found {sorted(self.config)!r}")
+        return self
+
+
+class StudentSpec(_Settings):
+    """What learns; exactly one of module, causal_lm and masked_lm.
+
+    Attributes:
+        module: import path of what builds any `torch.nn.Module`, "package.module:Class" or
+            "file.py:Class". For classification it gives logits [B, V]; for language models it is
+            called as described in `softlabels.student.causal`.
+        arguments: what `module` is called with.
+        weights: safetensors file to start from; none: as the seed initialises it.
+        causal_lm: a model of `transformers` for plans of alignment "next".
+        masked_lm: one for alignment "same".
+    """
+
+    module: str | None = None
     arguments: Mapping[str, Any] = {}
     weights: str | None = None
+    causal_lm: LanguageModelSpec | None = None
+    masked_lm: LanguageModelSpec | None = None
+
+    @model_validator(mode="after")
+    def _one_student(self) -> Self:
+        names = ("module", "causal_lm", "masked_lm")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"expected exactly one of {names!r}, found {given!r}")
+        if self.module is None and self.arguments:
+            raise ValueError(f"arguments are for module; {given[0]} has a config")
+        return self
+
+    @property
+    def language_model(self) -> LanguageModelSpec | None:
+        """The model of `transformers`, whichever kind it is."""
+        return self.causal_lm or self.masked_lm
 
 
 class InputSpec(_Settings):
@@ -51,11 +104,29 @@ class LossSpec(_Settings):
         tail: what stands for the mass outside the stored ids; see `distillation_loss`.
         temperature: T; other than 1 it must be stored in every table of the plan.
         kd_weight: 1: soft targets alone; 0: hard labels alone, the like-for-like baseline.
+        divergence: "reverse" takes KL(student‖teacher) instead, which needs tail "bucket".
+        normalization: language models: "token": the sum over positions of weight times loss is
+            divided by the sum of weights of the whole step; "sequence": the positions of a row
+            share the row's weight first. Neither depends on micro-batches or ranks.
+        fused: language models: "auto" makes logits inside the loss wherever the student's are a
+            linear function of its hidden states; "always" refuses others.
     """
 
     tail: TailMode = "bucket"
     temperature: Annotated[FiniteFloat, Field(gt=0)] = 1.0
     kd_weight: Annotated[FiniteFloat, Field(ge=0, le=1)] = 1.0
+    divergence: Divergence = "forward"
+    normalization: Normalization = "token"
+    fused: Fused = "auto"
+
+    @model_validator(mode="after")
+    def _reverse_has_a_bucket(self) -> Self:
+        if self.divergence == "reverse" and self.tail != "bucket":
+            raise ValueError(
+                f"divergence 'reverse' with tail {self.tail!r}: only tail 'bucket' has a "
+                "probability for every id that the student may choose"
+            )
+        return self
 
 
 class OptimizerSpec(_Settings):
@@ -86,10 +157,12 @@ class EvaluateSpec(_Settings):
     Attributes:
         plan: another plan, over the same label space; it is not trained on.
         every: steps between evaluations; there is always one after the last step.
+        batch_size: rows of one forward pass; none: 256, or 8 sequences.
     """
 
     plan: str
     every: Positive = 1_000
+    batch_size: Positive | None = None
 
 
 class CheckpointSpec(_Settings):
@@ -118,10 +191,15 @@ class RunSpec(_Settings):
         steps: optimiser steps; or
         epochs: passes over the plan. Exactly one of the two.
         batch_size: rows a step.
+        micro_batch_size: rows of one forward pass, where a whole batch does not fit into memory;
+            gradients add up to those of the whole batch.
         seed: of the student's initialisation, of dropout and of the reading order.
         evaluate: optional.
         checkpoint: when to save.
         classes: the label space that the student expects; a plan with another is refused.
+        tokenizer: language models: the student's tokenizer.json, or a folder with it; a plan of
+            another is refused. None: that of `student.*_lm.checkpoint`, if it has one.
+        chat_template: file with the chat template that the student expects; the same.
         device: "auto" takes cuda where there is one; else a torch device such as "cpu".
         threads: for `torch.set_num_threads`; null leaves it. Bits repeat for the same number.
         log_every: steps that one line of metrics.jsonl sums up.
@@ -137,10 +215,13 @@ class RunSpec(_Settings):
     steps: Positive | None = None
     epochs: Positive | None = None
     batch_size: Positive = 64
+    micro_batch_size: Positive | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     evaluate: EvaluateSpec | None = None
     checkpoint: CheckpointSpec = CheckpointSpec()
     classes: tuple[str, ...] | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
     device: str = "auto"
     threads: Positive | None = None
     log_every: Positive = 10
@@ -166,14 +247,32 @@ class RunSpec(_Settings):
     def identity(self) -> dict[str, Any]:
         """What decides the trained weights, as plain JSON values.
 
-        A run continues only a run of the same identity. Places, device, threads and how often it
-        saves, logs or evaluates are left out: a run may move and be watched more closely. The
-        plan counts by its fingerprint, not by its path. Steps count, for the schedule ends there.
+        A run continues only a run of the same identity. Places, device, threads, how the work is
+        cut up and how often it saves, logs or evaluates are left out: a run may move and be
+        watched more closely. The plan counts by its fingerprint, not by its path; a tokenizer or
+        template only has to fit it. Steps count, for the schedule ends there.
         """
-        places = {"plan", "roots", "out", "device", "threads"}
+        places = {"plan", "roots", "out", "device", "threads", "micro_batch_size"}
+        checks = {"tokenizer", "chat_template"}
         cadence = {"checkpoint", "evaluate", "log_every"}
-        return self.model_dump(mode="json", exclude=places | cadence)
+        found = self.model_dump(mode="json", exclude=places | checks | cadence)
+        found["loss"].pop("fused")
+        for kind in ("causal_lm", "masked_lm"):
+            if found["student"] and found["student"][kind]:
+                found["student"][kind].pop("gradient_checkpointing")
+        # Settings that came after the first release count where they say something.
+        for part, names in _LATER.items():
+            for name, default in names.items():
+                if found[part] and found[part][name] == default:
+                    del found[part][name]
+        return found
 
     def fingerprint(self) -> str:
         """The sha256 of `identity()`."""
         return sha256_json(self.identity())
+
+
+_LATER: dict[str, dict[str, Any]] = {
+    "loss": {"divergence": "forward", "normalization": "token"},
+    "student": {"causal_lm": None, "masked_lm": None},
+}

@@ -27,6 +27,9 @@ from softlabels.student.readahead import ReadAhead
 from softlabels.student.reader import Reader, Rows
 from softlabels.targets import Floats, SoftTargets, to_numpy
 
+WINDOW_BYTES = 32 << 20
+"""Of files, that are shuffled among each other: in memory they are a few times as much."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -40,6 +43,8 @@ class Batch:
         example_ids: string [B].
         columns: those asked, by name, [B].
         loss_weights: float32 [B].
+        position_weights: float32 [N], of the positions in `targets`; None where the plan weighs
+            none, so that each counts 1.
         epoch: from 0.
         position: rows of this epoch before the batch, over all ranks.
         global_weight: sum of the loss weights over all ranks: what gradients are divided by.
@@ -52,6 +57,7 @@ class Batch:
     epoch: int
     position: int
     global_weight: float
+    position_weights: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.example_ids)
@@ -86,9 +92,11 @@ class Stream:
     the last of an epoch may be short. One iteration runs at a time: a new one, or
     `load_state_dict`, ends the former.
 
+    The plan's position rules are applied: batches hold only the positions that they keep.
+
     Memory: `read_ahead` + 1 windows of about `shuffle_rows` rows, of which a rank holds its share,
-    one window decoded whole while it is gathered, and `cache_bytes`. A position of 16 stored ids
-    and 16 draws takes 212 bytes: 65,536 sequences of 512 are 7 GB a window.
+    one more, decoded whole, while it is gathered, and `cache_bytes`. A position of 16 stored ids
+    and 16 draws takes 212 bytes, and about 70 in a file: a window of WINDOW_BYTES is 100 MB.
 
     Args:
         plan: what to read.
@@ -102,7 +110,7 @@ class Stream:
         rank: which rank this is.
         world_size: ranks, at most 64.
         shuffle_rows: rows that are shuffled among each other; part of what decides the order.
-            Language models want a smaller one, see above.
+            None: what `window_rows` gives for the plan.
         read_ahead: windows a thread reads ahead.
         cache_bytes: decoded data kept, so that later epochs of a small plan cost a gather only.
 
@@ -125,11 +133,12 @@ class Stream:
         roots: Mapping[str, str] | None = None,
         rank: int = 0,
         world_size: int = 1,
-        shuffle_rows: int = 65_536,
+        shuffle_rows: int | None = None,
         read_ahead: int = 2,
         cache_bytes: int = 512 << 20,
     ) -> None:
         check_ranks(rank, world_size)
+        shuffle_rows = window_rows(plan) if shuffle_rows is None else shuffle_rows
         for name, value in (
             ("batch_size", batch_size),
             ("shuffle_rows", shuffle_rows),
@@ -291,8 +300,18 @@ class Stream:
             parts.append(self._reader.entry(int(entry)))
         sizes = np.array([len(part) for part in parts])
         index = (np.cumsum(sizes) - sizes)[which] + rows[chosen]
-        mine = Rows.concat(parts).take(index[: len(owned)])
+        joined = Rows.concat(parts)
+        parts.clear()  # what is joined and what was decoded would both be held beside the result
+        mine = joined.take(index[: len(owned)])
         return _Window(epoch, start, stop, self._weights[entries], owned, mine)
+
+
+def window_rows(plan: Plan) -> int:
+    """Rows of WINDOW_BYTES in the plan's files, 256 to 65,536: a pure function of the plan."""
+    files = [file for table in plan.tables.values() for file in table.files]
+    size = sum(file.size for file in files)
+    rows = WINDOW_BYTES * sum(file.num_rows for file in files) // max(size, 1)
+    return min(max(rows, 256), 65_536)
 
 
 def _order(plan: Plan, seed: int, shuffle: bool, shuffle_rows: int) -> Order:
@@ -328,4 +347,5 @@ def _batch(pieces: Sequence[tuple[Rows, Floats, float]], epoch: int, position: i
         epoch=epoch,
         position=position,
         global_weight=sum(weight for _, _, weight in pieces),
+        position_weights=rows.position_weights,
     )

@@ -34,6 +34,19 @@ q - p unless said.
 Source: sampled: Anshumann et al., "Sparse Logit Sampling", ACL 2025.
 """
 
+Divergence = Literal["forward", "reverse"]
+"""Which way the KL goes.
+
+- forward: KL(teacher‖student), as `TailMode` says.
+- reverse: KL(student‖teacher) over the k + 1 classes of bucket, R = sum_S q log(q / p) +
+  q_tail log(q_tail / r); q (log(q_tail / r) - R) off S, q (log(q / p) - R) on S. At most the full
+  reverse KL. It holds the student to what the teacher finds probable instead of making it cover
+  everything; needs tail "bucket", and mass wherever the student may put some: no stored
+  probability of 0, and a tail unless every class is stored.
+
+Source: reverse: Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", ICLR 2024.
+"""
+
 HEAD_TOLERANCE = 0.15
 """How far, relatively, a head's mass may be from 1 - exp(tail).
 
@@ -74,6 +87,8 @@ class Rows(NamedTuple):
         spread: float [N], c, mass outside S in the student's own proportions; None: 0.
         uniform: float [N], mass outside S in equal parts, so u times V - k; None: 0.
         entropy: float [N], nats, what the cross-entropy exceeds the mode's KL by.
+        reverse: float [N, k + 1], nats, log p on S (-inf at pads) and log r, for the reverse KL;
+            None: the forward one.
     """
 
     ids: Tensor
@@ -84,6 +99,7 @@ class Rows(NamedTuple):
     spread: Tensor | None
     uniform: Tensor | None
     entropy: Tensor
+    reverse: Tensor | None = None
 
 
 def log1mexp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -157,6 +173,7 @@ def resolve_tail(
     labels: Int[Tensor, " N"] | None,
     num_classes: int,
     dtype: torch.dtype,
+    divergence: Divergence = "forward",
 ) -> Rows:
     """The target of each row in the form that every mode shares; touches [N, k] only.
 
@@ -166,6 +183,7 @@ def resolve_tail(
         labels: needed by "label".
         num_classes: V.
         dtype: of the result's floats.
+        divergence: "reverse" with "bucket" alone.
     """
     stored = targets.ids >= 0
     log_r = targets.tail_logprob.to(dtype).clamp(max=0)
@@ -175,6 +193,8 @@ def resolve_tail(
     # The part of the entropy that is known: exact for the k + 1 classes of bucket.
     known = _entropy(probs) + _entropy(r.unsqueeze(1))
     rows = Rows(ids, stored, probs, ids[:, :0], probs[:, :0], None, None, known)
+    if divergence == "reverse":
+        return rows._replace(reverse=torch.cat([head, log_r.unsqueeze(1)], dim=1))
     if tail == "bucket":
         return rows._replace(spread=r)
     if tail == "uniform":
@@ -299,6 +319,20 @@ def range_problem(ids: Int[Tensor, "N *any"], where: str, num_classes: int) -> P
     """Ids that are neither classes nor the pad -1."""
     expected = f"ids from 0 to {num_classes - 1}, or -1 for none"
     return Problem((ids < -1) | (ids >= num_classes), ids, where, expected, MismatchError)
+
+
+def reverse_problem(targets: Targets, num_classes: int) -> Problem:
+    """Rows in which a class that the student gives mass to has none from the teacher."""
+    stored = targets.ids >= 0
+    nothing = stored & (targets.logprobs == -torch.inf)
+    no_tail = (targets.tail_logprob == -torch.inf) & (stored.sum(1) < num_classes)
+    found = torch.cat([targets.logprobs, targets.tail_logprob.unsqueeze(1)], dim=1)
+    return Problem(
+        torch.cat([nothing, no_tail.unsqueeze(1)], dim=1),
+        found,
+        "divergence 'reverse'",
+        "a probability above 0 for each stored id, and a tail above 0 where classes are not stored",
+    )
 
 
 def _head_problem(logprobs: Tensor, tail_logprob: Tensor, where: str) -> Problem:

@@ -16,20 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from softlabels.errors import BadInputError, DataError, SoftLabelsError, TryAgainError
-from softlabels.plan import Plan
+from softlabels.errors import DataError, SoftLabelsError, TryAgainError
 from softlabels.signals import stop_on_signal
 from softlabels.storage import storage_errors
 from softlabels.student import checkpoint
-from softlabels.student.batch import Decode, label_space, logits_of, require_servable, to_torch
-from softlabels.student.losses import DistillationLoss, distillation_loss
+from softlabels.student.batch import Decode, labels_and_weights, targets_at
+from softlabels.student.fit import require_fit
+from softlabels.student.losses import DistillationLoss
+from softlabels.student.ranks import sum_over_ranks
 from softlabels.student.run import CHECKPOINTS, Run
 from softlabels.student.saved import read_result, require_same, restore_student
-from softlabels.student.spec import LossSpec, OptimizerSpec, RunSpec
+from softlabels.student.sequences import loss_weights, num_tokens, row_slices
+from softlabels.student.spec import OptimizerSpec, RunSpec
 from softlabels.student.stream import Batch
+from softlabels.targets import Floats
 
 __all__ = ["Progress", "RunSpec", "Trained", "learning_rate", "require_fit", "train"]
 
@@ -116,33 +120,6 @@ def train(
         return Trained(student, record, already=False)
 
 
-def require_fit(spec: RunSpec) -> tuple[Plan, Plan | None]:
-    """The training plan and the evaluation plan, when they serve the spec; builds no student.
-
-    Raises:
-        BadInputError: there is no such plan.
-        MismatchError: a label space, temperature, column or draw does not fit.
-    """
-    plan = Plan.read(spec.plan)
-    space = label_space(plan, "the plan")
-    if spec.classes is not None:
-        asked = type(space)(len(spec.classes), spec.classes)
-        asked.require(space, "the spec (classes)", "the plan")
-    require_servable(plan, spec.loss, spec.inputs.columns)
-    other = Plan.read(spec.evaluate.plan) if spec.evaluate is not None else None
-    names = {*plan.tables, *(other.tables if other else ())}
-    if unknown := sorted(set(spec.roots) - names):
-        raise BadInputError(
-            f"roots: no plan of the run reads a table {unknown[0]!r}; they read {sorted(names)!r}"
-        )
-    if other is None:
-        return plan, None
-    space.require(label_space(other, "the evaluation plan"), "the plan", "the evaluation plan")
-    # Evaluation is at temperature 1 and needs no draws, whatever the training loss is.
-    require_servable(other, LossSpec(), spec.inputs.columns)
-    return plan, other
-
-
 def learning_rate(spec: OptimizerSpec, step: int, total: int) -> float:
     """The learning rate of step `step` (from 0) of `total`: a rise in a line, then the schedule."""
     if step < spec.warmup_steps:
@@ -158,15 +135,13 @@ def _fit(run: Run, stopped: Callable[[], bool], report: Report) -> None:
     run.model.train()
     run.log.go_on()
     for batch in run.stream:
-        parts = _forward(run, batch)
-        run.optimizer.zero_grad()
-        parts.loss.backward()  # type: ignore[no-untyped-call]
+        parts = _learn(run, batch)
         lr = learning_rate(spec.optimizer, run.step, run.total)
         _update(run, lr, batch, parts)
         run.step, run.epoch = run.step + 1, batch.epoch
         _log(run, batch, parts, lr, run.stream.waited_seconds - waited)
         waited = run.stream.waited_seconds
-        report(Progress(run.step, run.total, float(parts.loss.detach()), run.log.last))
+        report(Progress(run.step, run.total, float(parts.loss), run.log.last))
         if run.step == run.total:
             return
         if spec.evaluate is not None and run.step % spec.evaluate.every == 0:
@@ -181,23 +156,52 @@ def _fit(run: Run, stopped: Callable[[], bool], report: Report) -> None:
         run.log.go_on()
 
 
-def _forward(run: Run, batch: Batch) -> DistillationLoss:
+def _learn(run: Run, batch: Batch) -> DistillationLoss:
+    """Leaves a batch's gradients in the student; its loss and parts, detached, [N].
+
+    Micro-batches share the normalizer of the whole step, so their gradients add up to the batch's.
+    """
+    run.optimizer.zero_grad()
+    normalizer, weights = batch.global_weight, None
+    if run.space.alignment is not None:
+        weights = loss_weights(batch, run.spec.loss.normalization)
+        normalizer = sum_over_ranks(float(weights.sum(dtype=np.float64)), run.device)
+    parts = []
+    for piece, positions in row_slices(batch, run.spec.micro_batch_size):
+        mine = None if weights is None else weights[positions]
+        part = _forward(run, piece, mine, normalizer)
+        part.loss.backward()  # type: ignore[no-untyped-call]
+        parts.append(part._replace(loss=part.loss.detach()))
+    if len(parts) == 1:
+        return parts[0]
+    hard = [part.hard for part in parts if part.hard is not None]
+    return DistillationLoss(
+        torch.stack([part.loss for part in parts]).sum(),
+        torch.cat([part.kl for part in parts]),
+        torch.cat(hard) if hard else None,
+    )
+
+
+def _forward(run: Run, batch: Batch, weights: Floats | None, normalizer: float) -> DistillationLoss:
+    """The loss of a micro-batch; `weights` float32 [N], None: those of its rows."""
     loss = run.spec.loss
     # Hard labels alone need no tail mode, and so no draws.
     tail = loss.tail if loss.kd_weight else "bucket"
-    inputs = to_torch(batch, loss.temperature, run.device, draws=tail == "sampled")
-    rows = len(inputs.weights)
+    targets = None  # those of unknown tails serve hard labels only
+    if loss.kd_weight or batch.targets.tail is not None:
+        targets = targets_at(batch.targets, loss.temperature, run.device, tail == "sampled")
+    labels, own = labels_and_weights(batch, run.device, weights)
     with _users_code(run, batch):
-        logits = logits_of(run.model, run.decode(batch.columns), rows, run.num_classes, run.device)
-    return distillation_loss(
-        logits,
-        inputs.targets,
+        outputs = run.forward(batch)
+    return outputs.loss(
+        targets,
         tail=tail,
+        divergence=loss.divergence,
         temperature=loss.temperature,
         kd_weight=loss.kd_weight,
-        labels=inputs.labels,
-        weights=inputs.weights,
-        normalizer=batch.global_weight,
+        labels=labels,
+        weights=own,
+        normalizer=normalizer,
         validate=batch.epoch == 0,  # later epochs bring the same rows
     )
 
@@ -221,11 +225,13 @@ def _update(run: Run, lr: float, batch: Batch, parts: DistillationLoss) -> None:
     """One optimiser step, unless loss or gradient is not finite."""
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, run.spec.optimizer.clip_norm or math.inf)
-    if not math.isfinite(float(parts.loss.detach() + norm)):
+    if not math.isfinite(float(parts.loss + norm)):
         bad = ~torch.isfinite(parts.kl)
-        rows = torch.where(bad if bad.any() else torch.ones_like(bad))[0][:3].tolist()
+        at = torch.where(bad if bad.any() else torch.ones_like(bad))[0].cpu().numpy()
+        ends = np.cumsum(batch.targets.num_positions)
+        rows = np.unique(np.searchsorted(ends, at, side="right"))[:3].tolist()
         raise DataError(
-            f"step {run.step + 1}: loss is {float(parts.loss.detach())!r} and the gradient's norm "
+            f"step {run.step + 1}: loss is {float(parts.loss)!r} and the gradient's norm "
             f"{float(norm)!r}, expected finite numbers; first seen in examples "
             f"{[batch.example_ids[row].as_py() for row in rows]!r}; the step was not taken and "
             "earlier checkpoints stay: lower optimizer.lr, or look at these rows"
@@ -239,13 +245,15 @@ def _log(run: Run, batch: Batch, parts: DistillationLoss, lr: float, waited: flo
     labels, hard = batch.targets.label_ids, None
     if labels is not None and parts.hard is not None:
         hard = float(parts.hard.sum()) / max(1, int((labels >= 0).sum()))
+    kl = float(parts.kl.mean())
     run.log.add(
         {"step": run.step, "epoch": batch.epoch, "lr": lr},
-        loss=float(parts.loss.detach()),
-        kl=float(parts.kl.mean()),
+        loss=float(parts.loss),
+        kl=kl if math.isfinite(kl) else None,
         hard_ce=hard,
         rows=len(batch.example_ids),
         waited=waited,
+        tokens=None if run.space.alignment is None else num_tokens(batch),
     )
 
 

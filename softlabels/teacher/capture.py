@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import numpy as np
@@ -14,10 +14,10 @@ from softlabels.store import shards
 from softlabels.store.inspect import row_keys
 from softlabels.store.table import Table
 from softlabels.teacher.labeller import Labeller
-from softlabels.teacher.run import Keys, Run, Scan, Unit, prepare, scan
-from softlabels.teacher.spec import CaptureSpec
+from softlabels.teacher.run import Keys, Scan, Spec, Unit, prepare, scan
+from softlabels.teacher.spec import CaptureSpec, SequenceCaptureSpec
 
-__all__ = ["CaptureSpec", "Progress", "Report", "capture"]
+__all__ = ["CaptureSpec", "Progress", "Report", "SequenceCaptureSpec", "capture"]
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Report:
         units: units of the run.
         committed: units that this call committed.
         seconds: time it took.
+        skipped: what of the source is no row of it, by reason: empty texts, broken records.
     """
 
     table: str
@@ -62,13 +63,14 @@ class Report:
     units: int = 0
     committed: int = 0
     seconds: float = 0.0
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
-def capture(spec: CaptureSpec, progress: Progress | None = None) -> Report:
+def capture(spec: Spec, progress: Progress | None = None) -> Report:
     """Labels what is not labelled yet and commits it unit by unit.
 
     The same call again goes on where the last one stopped, however it stopped; when nothing is
-    left it does nothing. SIGTERM and SIGINT end it after the batch in hand.
+    left it does nothing. SIGTERM and SIGINT end it after the forward pass in hand.
 
     Raises:
         SoftLabelsError: whatever is wrong, before the teacher runs where that can be known.
@@ -77,16 +79,18 @@ def capture(spec: CaptureSpec, progress: Progress | None = None) -> Report:
     began = time.monotonic()
     progress = progress or Progress()
     with stop_on_signal() as stopped:
-        run, teacher = prepare(spec)
-        labeller = Labeller(run, teacher)
+        planning = _planning(progress, stopped)
+        run, annotator = prepare(spec, planning)
+        labeller = Labeller(run, annotator)
         table = labeller.table()
         todo = [unit for unit in run.units if table is None or not table.committed(unit.key)]
-        found = _scan(run, progress, stopped) if todo else None
+        found = scan(run, planning) if todo else None
         if table is None:
             # A spec that fails at once must not leave a table that its correction does not fit.
-            labeller.rehearse()
+            labeller.rehearse(annotator.rehearsal)
             table = Table.open_or_create(spec.table, labeller.schema, run.contents)
         report = Report(table.root.uri, table.version, run.id, units=len(run.units))
+        report.skipped = dict(run.source.skipped)
         report.already = sum(f.num_rows for f in table.files if f.unit.startswith(run.id[:16]))
         if found is not None:
             report.repeated, report.relabelled = len(found.repeated), found.relabelled
@@ -99,13 +103,13 @@ def capture(spec: CaptureSpec, progress: Progress | None = None) -> Report:
     return report
 
 
-def _scan(run: Run, progress: Progress, stopped: Callable[[], bool]) -> Scan:
+def _planning(progress: Progress, stopped: Callable[[], bool]) -> Callable[[int], None]:
     def scanned(rows: int) -> None:
         progress.scanned(rows)
         if stopped():
             raise TryAgainError("stopped by a signal while planning: run the same command to go on")
 
-    return scan(run, scanned)
+    return scanned
 
 
 class _Overtaken(Exception):
@@ -157,14 +161,17 @@ class _Worker:
     ) -> shards.Shard:
         writer = self._labeller.writer(unit)
         self._progress.done(int((~keep).sum()), self._bytes_per_row)
-        for batch in self._labeller.label(unit, keep):
-            writer.write(batch)
-            self._progress.done(batch.num_rows, self._bytes_per_row)
+
+        def advance(rows: int) -> None:
+            self._progress.done(rows, self._bytes_per_row)
             if stopped():
                 raise TryAgainError(
                     f"stopped by a signal: {self._report.committed} units were committed, "
                     "run the same command to go on"
                 )
+
+        for batch in self._labeller.label(unit, keep, advance):
+            writer.write(batch)
         shard = writer.close()
         self._bytes_per_row = len(shard.data) / max(shard.num_rows, 1)
         return shard

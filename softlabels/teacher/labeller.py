@@ -2,33 +2,45 @@
 
 import importlib.metadata
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from softlabels.errors import BadInputError, DataError, one_line
-from softlabels.fingerprint import key64, sha256_json
+from softlabels.fingerprint import sha256_json
 from softlabels.lineage import RunLineage
 from softlabels.schema import table_schema
 from softlabels.storage import open_root
 from softlabels.store import shards
 from softlabels.store.table import Table
-from softlabels.targets import Ints, to_numpy
-from softlabels.teacher.extract import extract
-from softlabels.teacher.models import TorchTeacher
+from softlabels.teacher.annotator import Annotator
 from softlabels.teacher.run import Run, Unit, example_ids
 
-_PACKAGES = ("softlabels", "torch", "numpy", "pyarrow", "deltalake")
+_PACKAGES = ("softlabels", "numpy", "pyarrow", "deltalake")
+
+
+class Rehearsal(NamedTuple):
+    """Rows labelled to see that it works: how many, their weight, their stored bytes, the time."""
+
+    rows: int
+    weight: int
+    positions: int
+    num_bytes: int
+    seconds: float
 
 
 class Labeller:
     """A teacher at work on one run."""
 
-    def __init__(self, run: Run, teacher: TorchTeacher) -> None:
+    def __init__(self, run: Run, annotator: Annotator) -> None:
         self.run = run
-        self._teacher = teacher
+        self._annotator = annotator
         source = run.source.schema
         self.schema = table_schema(
             run.spec.temperatures, [source.field(name) for name in run.spec.carry]
@@ -49,13 +61,22 @@ class Labeller:
             return None
         return Table.open_or_create(uri, self.schema, self.run.contents)
 
-    def rehearse(self) -> tuple[int, int]:
-        """Labels the first batch and throws it away; returns its rows and their bytes stored."""
-        first = Unit("rehearsal", "", 0, min(self.run.spec.batch_size, self.run.source.num_rows))
+    def rehearse(self, budget: int) -> Rehearsal:
+        """Labels the first rows, of weight `budget` or one at least, and throws them away."""
+        source = self.run.source
+        ahead = source.batches(0, source.num_rows, self.run.read_columns)
+        weights = np.concatenate([[0], *(self._annotator.weigh(b) for b in islice(ahead, 1))])
+        rows = max(1, int(np.searchsorted(weights.cumsum(), budget, side="right")) - 1)
+        first = Unit("rehearsal", "", 0, min(rows, source.num_rows))
         writer = self.writer(first)
+        began = time.monotonic()
+        positions = 0
         for batch in self.label(first, np.ones(first.stop, bool)):
+            positions += int(pc.sum(batch["num_positions"]).as_py() or 0)
             writer.write(batch)
-        return first.stop, len(writer.close().data)
+        seconds = time.monotonic() - began
+        weight = int(weights[: first.stop + 1].sum())
+        return Rehearsal(first.stop, weight, positions, len(writer.close().data), seconds)
 
     def writer(self, unit: Unit) -> shards.ShardWriter:
         """A writer for a unit's shard, which says where its rows came from."""
@@ -65,17 +86,22 @@ class Labeller:
         }
         return shards.ShardWriter(self.schema, self.run.spec.profile, metadata)
 
-    def label(self, unit: Unit, keep: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
-        """Labelled rows of a unit, batch_size at a time, in source order.
+    def label(
+        self,
+        unit: Unit,
+        keep: npt.NDArray[np.bool_],
+        advance: Callable[[int], None] = lambda rows: None,
+    ) -> Iterator[pa.RecordBatch]:
+        """Labelled rows of a unit, what the annotator takes at once, in source order.
 
         Args:
             unit: which source rows.
             keep: bool [unit rows], those to label.
+            advance: told after each forward pass how many more rows are done; may raise.
         """
         batches = self.run.source.batches(unit.start, unit.stop, self.run.read_columns)
-        kept = _filter(batches, keep)
-        for batch in _rebatch(kept, self.run.spec.batch_size):
-            yield self._label(batch, unit.start)
+        for batch in _rebatch(_filter(batches, keep), self._annotator):
+            yield self._label(batch, unit.start, advance)
 
     def lineage(
         self, units: Sequence[Unit], num_rows: int, started_at: str, seconds: float
@@ -94,34 +120,33 @@ class Labeller:
                 "fingerprint": source.fingerprint,
                 "files": len(source.files),
                 "rows": source.num_rows,
+                **({"skipped": dict(source.skipped)} if source.skipped else {}),
             },
-            packages={name: importlib.metadata.version(name) for name in _PACKAGES},
+            packages={
+                name: importlib.metadata.version(name)
+                for name in (*_PACKAGES, *self._annotator.packages)
+            },
             code_revision=_code_revision(),
-            device=str(self._teacher.device),
+            device=self._annotator.device,
             started_at=started_at,
             seconds=round(seconds, 3),
         )
 
-    def _label(self, batch: pa.RecordBatch, first_row: int) -> pa.RecordBatch:
+    def _label(
+        self, batch: pa.RecordBatch, first_row: int, advance: Callable[[int], None]
+    ) -> pa.RecordBatch:
         spec = self.run.spec
         names = example_ids(self.run, batch, first_row)
-        inputs = {name: batch[name] for name in spec.source.columns}
-        logits = self._teacher.logits(inputs, names)
-        keys = np.array([key64(spec.seed, name, 0) for name in names], np.uint64)
-        targets = extract(
-            logits,
-            k=spec.k,
-            labels=self._labels(batch, names),
-            temperatures=spec.temperatures,
-            draws=spec.draws,
-            draws_temperature=spec.draws_temperature,
-            draw_keys=keys,
-        )
-        targets.check(names, self._teacher.num_classes)
+        found = self._annotator.annotate(batch, names, advance)
+        found.targets.check(names, self.run.contents.num_classes)
+        stored = shards.round_to_profile(found.targets, spec.profile).columns()
+        if self.run.contents.alignment is not None:
+            del stored["label"], stored["top1_id"]  # of classification, not of a short sequence
         columns = {
             "example_id": pa.array(names, pa.string()),
             "view": pa.array(np.zeros(len(names), np.int32)),
-            **shards.round_to_profile(targets, spec.profile).columns(),
+            **stored,
+            **found.columns,
             **{name: _carried(batch, self.schema.field(name)) for name in spec.carry},
         }
         return pa.RecordBatch.from_arrays(
@@ -131,28 +156,6 @@ class Labeller:
             ],
             schema=self.schema,
         )
-
-    def _labels(self, batch: pa.RecordBatch, names: Sequence[str]) -> Ints | None:
-        column = self.run.spec.source.label
-        if column is None:
-            return None
-        values, classes = batch[column], self.run.contents.classes
-        if pa.types.is_integer(values.type):
-            # Unchecked: what int64 cannot hold turns negative and is refused below.
-            found = to_numpy(values.cast(pa.int64(), safe=False).fill_null(-1), np.int64)
-        elif classes is not None:
-            index = {name: number for number, name in enumerate(classes)} | {None: -1}
-            found = np.array([index.get(value, -2) for value in values.to_pylist()], np.int64)
-        else:
-            raise DataError(f"label {column!r} is {values.type}: class names need teacher.classes")
-        wrong = (found < -1) | (found >= self._teacher.num_classes)
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise DataError(
-                f"example {names[row]!r} has label {values[row].as_py()!r}, expected one of "
-                f"{list(classes) if classes else self._teacher.num_classes} or null"
-            )
-        return np.asarray(found, np.int32)
 
 
 def _carried(batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
@@ -183,18 +186,21 @@ def _filter(
             yield batch.filter(pa.array(mask))
 
 
-def _rebatch(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.RecordBatch]:
+def _rebatch(batches: Iterable[pa.RecordBatch], annotator: Annotator) -> Iterator[pa.RecordBatch]:
+    # As many rows as the budget holds, one at least.
     waiting: list[pa.RecordBatch] = []
-    rows = 0
+    left = annotator.budget
     for batch in batches:
+        weights = annotator.weigh(batch)
         while batch.num_rows:
-            part = batch.slice(0, size - rows)
-            waiting.append(part)
-            rows += part.num_rows
-            batch = batch.slice(part.num_rows)
-            if rows == size:
+            rows = int(np.searchsorted(np.cumsum(weights), left, side="right"))
+            rows = rows or (0 if waiting else 1)
+            left -= int(weights[:rows].sum())
+            waiting += [batch.slice(0, rows)] if rows else []
+            batch, weights = batch.slice(rows), weights[rows:]
+            if batch.num_rows or left <= 0:
                 yield pa.concat_batches(waiting)
-                waiting, rows = [], 0
+                waiting, left = [], annotator.budget
     if waiting:
         yield pa.concat_batches(waiting)
 

@@ -97,7 +97,7 @@ def load_teacher(spec: CaptureSpec) -> TorchTeacher:
         code=spec.teacher.module,
         code_sha256=source_sha256(module_class),
         arguments=spec.teacher.arguments,
-        weights_sha256=_weights_sha256(module, spec.teacher.weights),
+        weights_sha256=_file_or_weights_sha256(module, spec.teacher.weights),
         decode=spec.source.decode,
         decode_sha256=source_sha256(decode),
     )
@@ -144,15 +144,24 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def _weights_sha256(module: nn.Module, path: str | None) -> str:
-    if path is not None:
-        with open(path, "rb") as stream:
-            return sha256_stream(stream)
-    tensors = {
-        name: [str(value.dtype), list(value.shape), _tensor_sha256(value)]
-        for name, value in module.state_dict().items()
-    }
+def weights_sha256(module: nn.Module) -> str:
+    """The sha256 of a module's tensors by name, type, shape and bytes, whatever file held them."""
+    seen: dict[tuple[Any, ...], str] = {}
+    tensors = {}
+    for name, value in module.state_dict().items():
+        # A head is often the same tensor as the embeddings.
+        place = (value.data_ptr(), value.dtype, value.shape, value.stride())
+        if place not in seen or not value.numel():
+            seen[place] = _tensor_sha256(value)
+        tensors[name] = [str(value.dtype), list(value.shape), seen[place]]
     return sha256_json(tensors)
+
+
+def _file_or_weights_sha256(module: nn.Module, path: str | None) -> str:
+    if path is None:
+        return weights_sha256(module)
+    with open(path, "rb") as stream:
+        return sha256_stream(stream)
 
 
 def _tensor_sha256(tensor: Tensor) -> str:

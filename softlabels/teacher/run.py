@@ -4,6 +4,7 @@ Its id is the sha256 of the identity fields, its units a pure function of it: th
 again is the same run, on any machine, at any batch size.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -19,11 +20,13 @@ from softlabels.errors import DataError
 from softlabels.fingerprint import key64, sha256_json
 from softlabels.lineage import Contents
 from softlabels.schema import FORMAT_VERSION
-from softlabels.teacher.models import TorchTeacher, load_teacher
+from softlabels.teacher.annotator import Annotator, Classifier
+from softlabels.teacher.recorded.spec import ImportSpec
 from softlabels.teacher.source import Source, open_source
-from softlabels.teacher.spec import CaptureSpec
+from softlabels.teacher.spec import CaptureSpec, SequenceCaptureSpec
 
 Keys = npt.NDArray[np.uint64]
+Spec = CaptureSpec | SequenceCaptureSpec | ImportSpec
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,38 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Which columns of a source mean what.
+
+    Attributes:
+        content: what the teacher reads: equal values are equal examples.
+        example_id: the stable key; none: the sha256 of the content.
+        label: the hard label.
+        carried: those that are copied into the table.
+        optional: those of the content that may be null.
+    """
+
+    content: tuple[str, ...]
+    example_id: str | None = None
+    label: str | None = None
+    carried: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> list[str]:
+        """Every one of them, each once."""
+        wanted = [self.example_id, *self.content, self.label, *self.carried]
+        return list(dict.fromkeys(name for name in wanted if name is not None))
+
+
+SEQUENCE_COLUMNS = ("input_ids", "position_index", "label_ids", "segment_ids")
+RECORDED_COLUMNS = (
+    *("input_ids", "position_index", "label_ids", "label_logprobs", "label_ranks"),
+    *("topk_ids", "topk_logprobs", "tail_logprob"),
+)
+
+
+@dataclass(frozen=True)
 class Run:
     """One capture, pinned.
 
@@ -53,26 +88,37 @@ class Run:
         contents: what its rows have in common.
     """
 
-    spec: CaptureSpec
+    spec: Spec
     source: Source
     contents: Contents
 
     @cached_property
+    def columns(self) -> Columns:
+        """Which source columns mean what."""
+        return columns_of(self.spec)
+
+    @cached_property
     def id(self) -> str:
         """The sha256 of the identity fields. Batch size, device and places are none of them."""
-        spec = self.spec.source
-        return sha256_json(
-            {
-                "format_version": FORMAT_VERSION,
-                "contents": self.contents.model_dump(mode="json", exclude={"teacher"}),
-                "teacher": self.contents.teacher.fingerprint(),
-                "source": self.source.fingerprint,
-                "columns": list(spec.columns),
-                "example_id": spec.example_id,
-                "label": spec.label,
-                "shard_rows": self.spec.shard_rows,
-            }
-        )
+        contents = self.contents.model_dump(mode="json", exclude={"teacher"})
+        for later in ("logits_width", "recorded"):
+            if contents[later] is None:  # a field added later changes no run that lacks it
+                del contents[later]
+        identity = {
+            "format_version": FORMAT_VERSION,
+            "contents": contents,
+            "teacher": self.contents.teacher.fingerprint(),
+            "source": self.source.fingerprint,
+            "shard_rows": self.spec.shard_rows,
+        }
+        if isinstance(self.spec, CaptureSpec):
+            # The columns of a tokenised source are always the same, and its fingerprint says how
+            # they came about.
+            source = self.spec.source
+            identity["columns"] = list(source.columns)
+            identity["example_id"] = source.example_id
+            identity["label"] = source.label
+        return sha256_json(identity)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -87,37 +133,53 @@ class Run:
     @property
     def read_columns(self) -> list[str]:
         """Every source column that the run needs, each once."""
-        spec = self.spec.source
-        wanted = [spec.example_id, *spec.columns, spec.label, *self.spec.carry]
-        return list(dict.fromkeys(name for name in wanted if name is not None))
+        return self.columns.all
 
 
-def prepare(spec: CaptureSpec) -> tuple[Run, TorchTeacher]:
+def columns_of(spec: Spec) -> Columns:
+    """Which columns of the spec's source mean what; a tokenised source always has the same."""
+    if isinstance(spec, SequenceCaptureSpec):
+        return Columns(
+            content=SEQUENCE_COLUMNS,
+            example_id="example_id",
+            carried=spec.carry,
+            optional=("segment_ids",),
+        )
+    if isinstance(spec, ImportSpec):
+        # The labels come with the rows: they are carried there, and are no part of the example.
+        return Columns(RECORDED_COLUMNS[:2], "example_id", carried=RECORDED_COLUMNS[2:])
+    source = spec.source
+    return Columns(source.columns, source.example_id, source.label, spec.carry)
+
+
+def prepare(
+    spec: Spec,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> tuple[Run, Annotator]:
     """The run of a spec and the teacher that will do it, both checked.
+
+    Args:
+        spec: of any kind.
+        advance: told how many more rows of text were looked at while they are tokenised, or how
+            many more records were read.
 
     Raises:
         BadInputError: a path, a column, an argument is wrong.
-        MismatchError: the weights do not fit the module.
+        MismatchError: the weights do not fit the module, or the tokenizer does not fit the model.
     """
-    source = spec.source
-    wanted = [source.example_id, *source.columns, source.label, *spec.carry]
-    opened = open_source(source.files, [name for name in wanted if name is not None])
-    teacher = load_teacher(spec)
-    classes = spec.teacher.classes
-    contents = Contents(
-        teacher=teacher.lineage,
-        num_classes=spec.teacher.num_classes,
-        classes=classes if isinstance(classes, tuple) else None,
-        k=spec.k,
-        draws=spec.draws,
-        draws_temperature=spec.draws_temperature,
-        temperatures=spec.temperatures,
-        profile=spec.profile,
-        carried=spec.carry,
-        example_ids="content" if source.example_id is None else "column",
-        seed=spec.seed,
-    )
-    return Run(spec, opened, contents), teacher
+    if isinstance(spec, ImportSpec):
+        from softlabels.teacher.recorded.run import prepare_import
+
+        found, said, recital = prepare_import(spec, advance)
+        return Run(spec, found, said), recital
+    if isinstance(spec, SequenceCaptureSpec):
+        from softlabels.teacher.language import prepare_sequences
+
+        source, contents, annotator = prepare_sequences(spec, advance)
+        return Run(spec, source, contents), annotator
+    opened = open_source(spec.source.files, columns_of(spec).all)
+    classifier = Classifier(spec)
+    return Run(spec, opened, classifier.contents()), classifier
 
 
 @dataclass(frozen=True)
@@ -143,8 +205,8 @@ def scan(run: Run, advance: Callable[[int], None] = lambda rows: None) -> Scan:
     """
     rows = run.source.num_rows
     keys, contents, labels = (np.zeros(rows, np.uint64) for _ in range(3))
-    spec = run.spec.source
-    columns = [n for n in run.read_columns if n in {spec.example_id, *spec.columns, spec.label}]
+    spec = run.columns
+    columns = dataclasses.replace(spec, carried=()).all
     row = 0
     for batch in run.source.batches(0, rows, columns):
         part = slice(row, row + batch.num_rows)
@@ -161,7 +223,7 @@ def scan(run: Run, advance: Callable[[int], None] = lambda rows: None) -> Scan:
 
 def example_ids(run: Run, batch: pa.RecordBatch, first_row: int) -> list[str]:
     """The ids of source rows: the column that the spec names, or the content's sha256."""
-    column = run.spec.source.example_id
+    column = run.columns.example_id
     if column is None:
         return content_digests(run, batch, first_row)
     values = batch[column]
@@ -177,11 +239,12 @@ def example_ids(run: Run, batch: pa.RecordBatch, first_row: int) -> list[str]:
 
 def content_digests(run: Run, batch: pa.RecordBatch, first_row: int) -> list[str]:
     """The sha256 of what the teacher reads of each row, as 64 hex digits."""
-    for name in run.spec.source.columns:
-        if batch[name].null_count:
+    content = run.columns.content
+    for name in content:
+        if batch[name].null_count and name not in run.columns.optional:
             row = first_row + batch[name].is_null().to_pylist().index(True)
             raise DataError(f"{run.source.locate(row)}: column {name!r} is null")
-    columns = [batch[name].to_pylist() for name in run.spec.source.columns]
+    columns = [batch[name].to_pylist() for name in content]
     return [_digest(values) for values in zip(*columns, strict=True)]
 
 

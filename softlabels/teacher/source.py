@@ -90,7 +90,11 @@ def open_source(pattern: str, columns: Sequence[str]) -> Source:
         BadInputError: nothing matches, a column is missing, or two files differ in schema.
         DataError: a file is not Parquet.
     """
-    root, paths = find_files(pattern)
+    return open_files(*find_files(pattern), columns)
+
+
+def open_files(root: Root, paths: Sequence[str], columns: Sequence[str]) -> Source:
+    """The files at `paths` below `root`, hashed; raises as `open_source` does."""
     files, schema = [], None
     for path in paths:
         with root.open(path) as stream:
@@ -100,7 +104,7 @@ def open_source(pattern: str, columns: Sequence[str]) -> Source:
         schema = schema or found
         _require_columns(found, schema, columns, path, paths[0])
         files.append(SourceFile(path, digest, footer_sha256, parquet.metadata.num_rows))
-    assert schema is not None  # find_files raises when nothing matches
+    assert schema is not None  # there is at least one path
     return Source(root, tuple(files), schema)
 
 

@@ -211,7 +211,7 @@ class TextSpec(_Settings):
             a document begins a sequence.
         too_long: what becomes of a longer document where they are not packed.
         isolate: packed documents do not see each other, in the teacher and in the student.
-        end: add the tokenizer's end-of-text token to each document.
+        end: add the tokenizer's end-of-text token to each text; a chat ends as its template says.
         chat_template: file with a Jinja template; none: the tokenizer's.
         loss_on: which tokens of a chat are to be predicted.
         mask_rate: masked models: share of the tokens that are masked, by `seed`.

@@ -117,6 +117,7 @@ def test_json(folder: Path, cli: Cli) -> None:
         "relabelled": 0,
         "units": 1,
         "committed": 1,
+        "skipped": {},
     }
 
 

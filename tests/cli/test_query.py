@@ -15,6 +15,7 @@ from softlabels.cli import main
 from softlabels.plan import Plan
 from softlabels.store import tags
 from softlabels.store.table import Table
+from tests.sequences import make_uneven
 from tests.tables import make_table
 
 RUN = "import sys; from softlabels.cli import main; sys.argv[0] = 'softlabels'; main()"
@@ -195,3 +196,52 @@ def test_no_file_is_written_over_unless_forced(run: Runner, table: Table, tmp_pa
     assert precious.read_text() == "one\n1\n"
     for _ in range(2):
         run("mix", recipe, "-o", plan)
+
+
+def test_position_rules_are_counted_and_said(run: Runner, tmp_path: Path) -> None:
+    table = make_uneven(tmp_path / "t", rows=60)
+    positions = {
+        "where": "label_rank > 0",
+        "top": 0.4,
+        "by": "entropy",
+        "weights": [{"where": "top1_prob >= 0.25", "weight": 0.5}],
+    }
+    recipe = write_recipe(tmp_path, table, positions=positions)
+    path = tmp_path / "plan.parquet"
+    explained, made = run("mix", recipe, "--explain"), run("mix", recipe, "-o", path)
+    plan = Plan.read(path)
+    (source,), rules = plan.report, plan.tables["all [/x]"].positions
+    assert rules is not None
+    assert source.positions is not None
+    assert source.positions_kept is not None
+    share = f"{source.positions_kept / source.positions:.1%}"
+    counts = f"{source.positions_kept} of {source.positions} ({share}), "
+    border = rules.where[1].constant
+    words = f"keeps label_rank > 0 and entropy >= {border!s:.6}"
+    for result in (explained, made, run("plan", "show", path)):
+        assert result.returncode == 0
+        assert counts + f"{source.positions_unknown} unknown" in result.stdout
+        assert f"positions of table 'all [/x]': {words}" in result.stdout
+        assert "weight 0.5 where top1_logprob >= -1.3862944" in result.stdout
+    described = json.loads(run("plan", "show", path, "--json").stdout)
+    assert described["tables"][0]["positions"] == str(rules)
+    assert described["sources"][0]["positions_kept"] == source.positions_kept
+    assert described["recipe"]["sources"][0]["positions"] == positions
+
+
+def test_without_position_rules_nothing_is_said_of_them(run: Runner, table: Table) -> None:
+    recipe = write_recipe(Path(table.root.uri).parent, table)
+    result = run("mix", recipe, "--explain")
+    assert "positions" not in result.stdout
+    assert (
+        "positions" not in json.loads(run("mix", recipe, "--explain", "--json").stdout)["tables"][0]
+    )
+
+
+def test_position_rules_are_refused_on_one_line(run: Runner, table: Table, tmp_path: Path) -> None:
+    path = tmp_path / "plan.parquet"
+    unknown = run("mix", write_recipe(tmp_path, table, positions="entropi > 1"), "-o", path)
+    assert "did you mean 'entropy'?" in refused(unknown)
+    nothing = run("mix", write_recipe(tmp_path, table, positions="entropy > 99"), "-o", path)
+    assert "positions drops 100" in refused(nothing)
+    assert not path.exists()

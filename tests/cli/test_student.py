@@ -8,6 +8,7 @@ import yaml
 
 from softlabels.cli import main
 from softlabels.student.checkpoint import read_weights
+from tests.student.language import language_spec, make_language_plan
 from tests.student.problem import make_problem, run_spec
 
 
@@ -66,8 +67,10 @@ def test_train_then_nothing_left_then_evaluate(
     assert found["teacher"]["rows"] == 60
     assert len(found["student"]["bins"]) == 15
     moved = (tmp_path / "run").rename(tmp_path / "moved")
-    table = softlabels("evaluate", moved, "--plan", plans[0]).out
-    assert [line.split()[0] for line in table.splitlines()[1:]] == ["student", "teacher"]
+    table = softlabels("evaluate", moved, "--plan", plans[0]).out.splitlines()
+    assert table[0].split() == ["student", "teacher"]
+    assert {"accuracy", "nll", "kl_to_teacher"} < {line.split()[0] for line in table[1:]}
+    assert "perplexity" not in " ".join(table)  # nobody has one here
     named = softlabels("evaluate", spec, "--student", moved / "student.safetensors", "--json")
     assert json.loads(named.out)["student"]["nll"] == found["student"]["nll"]
 
@@ -102,6 +105,39 @@ def test_tables_moved_elsewhere_are_found_by_root(tmp_path: Path, softlabels: Ru
     assert softlabels("train", spec, "--root", root).code == 0
     found = softlabels("evaluate", spec, "--root", root, "--plan", plan)
     assert found.code == 0
+
+
+def test_language_models_too(
+    tmp_path: Path, softlabels: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    plan = make_language_plan(tmp_path, rows=20, documents=2, isolated=True)
+    made = language_spec(tmp_path, plan, steps=3, evaluate={"plan": str(plan)}, log_every=1)
+    spec = tmp_path / "run.yaml"
+    spec.write_text(yaml.safe_dump(made.model_dump(mode="json")))
+    assert json.loads(softlabels("train", spec, "--dry-run").out)["rows_per_epoch"] == 20
+    ended = softlabels("train", spec)
+    assert ended.code == 0
+    assert ended.out.splitlines()[-1].endswith("parameters, 3 steps")
+    assert "tokens/s" in ended.err
+    # Nothing but the figures and our progress: transformers keeps quiet.
+    assert "[transformers]" not in ended.err
+    assert "Loading" not in ended.err
+    record = json.loads((tmp_path / "run/student.json").read_text())
+    table = softlabels("evaluate", tmp_path / "run").out.splitlines()
+    assert table[0].split() == ["student", "teacher"]
+    rows = {line.split()[0]: line.split()[1:] for line in table[1:]}
+    assert float(rows["perplexity"][0]) == pytest.approx(
+        record["evaluation"]["perplexity"], rel=1e-3
+    )
+    assert len(rows["perplexity"]) == 2
+    assert rows["positions"][0] == rows["positions"][1]
+    assert "…" not in "".join(table)
+    refused = softlabels(
+        "train", spec, "--set", "loss.divergence=reverse", "--set", "loss.tail=sampled"
+    )
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "divergence 'reverse' with tail 'sampled'" in refused.err
 
 
 def test_dry_run_trains_nothing(tmp_path: Path, spec: Path, softlabels: Run) -> None:

@@ -16,6 +16,7 @@ from softlabels.cli import main
 from softlabels.lineage import TeacherLineage
 from softlabels.schema import table_schema
 from softlabels.store.table import Table
+from tests.store.markov import causal, chain, make_language, walk, write
 from tests.tables import make_contents, make_table
 
 
@@ -128,7 +129,65 @@ def test_verify_exits_0_on_a_whole_table_and_1_on_damage(home: Path) -> None:
     assert run("verify", "labels@0", cwd=home).stdout.endswith("0 problems\n")
 
 
-@pytest.mark.parametrize("command", ["log", "show", "tag", "verify"])
+def test_verify_tests_the_alignment_of_sequences(tmp_path: Path) -> None:
+    make_language(tmp_path / "right")
+    make_language(tmp_path / "off", shift=1)
+    report = as_json("verify", "right", cwd=tmp_path)
+    assert report["alignment"]["verdict"] == "right"
+    first, last = run("verify", "right", cwd=tmp_path).stdout.splitlines()
+    assert first.startswith("alignment 'next': right; mean -log p of the token ")
+    assert last.endswith("0 problems")
+    lines = run("verify", "off", cwd=tmp_path, code=1).stdout.splitlines()
+    assert lines[0].startswith("targets are shifted by +1")
+    assert "wrong; mean" in lines[1]
+    assert len(as_json("verify", "off", cwd=tmp_path, code=1)["problems"]) == 1
+
+
+def test_show_of_sequences_says_what_a_student_must_match(tmp_path: Path) -> None:
+    recorded = {"layout": "jsonl", "tail": "unknown"}
+    probs = chain(20)
+    made = causal(walk(probs, 5, 9), probs, 4, 0)
+    write(tmp_path / "t", made, 20, 4, chat_template_sha256="cd" * 32, recorded=recorded)
+    found = as_json("show", "t", cwd=tmp_path)
+    assert (found["alignment"], found["classes"], found["positions"]) == ("next", 20, 40)
+    assert found["tokenizer_sha256"] == "ab" * 32
+    assert found["chat_template_sha256"] == "cd" * 32
+    assert found["recorded"]["layout"] == "jsonl"
+    a_row = sum(column["bytes_per_row"] for column in found["columns"])
+    assert found["label_bytes_per_position"] == pytest.approx(a_row / 8, abs=0.05)
+    shown = run("show", "t", cwd=tmp_path).stdout
+    for text in ("ab" * 32, "cd" * 32, str(found["recorded"]), found["snapshot_digest"]):
+        assert text in shown, "a line is as long as it must be"
+
+
+def test_stats_prints_one_table_and_writes_files(home: Path) -> None:
+    found = as_json("stats", "labels", "--rows", "30", cwd=home)
+    assert (found["rows"], found["stored"]["k"]) == (30, 5)
+    shown = run("stats", "labels", "--rows", "30", cwd=home).stdout
+    lines = shown.splitlines()
+    assert lines[0].split()[:2] == ["stored", "bytes"]
+    assert lines[1].startswith("k = 5, compact ")
+    assert "k = 5, precise, 5 draws" in shown
+    assert "dense bf16" in shown
+    assert "topk_logprobs" in shown
+    for note in found["notes"]:
+        assert note in shown
+    made = run("stats", "labels", "-o", "s.json", cwd=home).stdout
+    assert made == "s.json: 4 settings, 40 positions\n"
+    assert json.loads((home / "s.json").read_text())["positions"] == 40
+    run("stats", "labels", "-o", "s.md", cwd=home)
+    text = (home / "s.md").read_text().splitlines()
+    assert text[0].startswith("| stored | bytes | ids |")
+    assert set(text[1]) <= set("|-: ")
+    assert {line.count("|") for line in text[:8]} == {text[0].count("|")}
+    assert "is there already" in error_of("stats", "labels", "-o", "s.md", cwd=home)
+    run("stats", "labels", "-o", "s.md", "--force", cwd=home)
+    assert "in which format 's.csv'" in error_of("stats", "labels", "-o", "s.csv", cwd=home)
+    assert "has no rows at version 0" in error_of("stats", "labels@0", cwd=home)
+    run("stats", "labels", "--rows", "0", cwd=home, code=2)
+
+
+@pytest.mark.parametrize("command", ["log", "show", "tag", "verify", "stats"])
 def test_a_table_that_is_not_there_is_one_line_and_exit_2(tmp_path: Path, command: str) -> None:
     assert "there is no table at" in error_of(command, "nowhere", cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -12,6 +12,7 @@ from softlabels.query.lazy import scan, scan_entries, scan_positions
 from softlabels.query.view import query
 from softlabels.store.table import Table
 from tests.query.sequences import far, make_sequences
+from tests.store.markov import make_language
 from tests.tables import make_table
 
 KEYS = {
@@ -35,14 +36,22 @@ def tables(folder: Path) -> dict[str, Table]:
         "compact": make_table(folder / "compact", rows=20, profile="compact"),
         "sequences": make_sequences(folder / "sequences"),
         "no tail": make_sequences(folder / "no tail", known_tail=False),
+        "language": make_language(folder / "language", documents=3),
+        "one whole": make_language(folder / "one whole", rows=5),
+        "far language": far(make_language(folder / "far language", rows=5, documents=2)),
         "empty": Table.open(f"{made.root.uri}@0"),
         "far": far(made),
     }
 
 
+@pytest.fixture(scope="module")
+def every_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Table]:
+    return tables(tmp_path_factory.mktemp("tables"))
+
+
 @pytest.mark.parametrize("relation", list(KEYS))
-def test_polars_equals_sql(tmp_path: Path, relation: str) -> None:
-    for name, table in tables(tmp_path).items():
+def test_polars_equals_sql(every_kind: dict[str, Table], relation: str) -> None:
+    for name, table in every_kind.items():
         frame = SCANS[relation](table).collect().sort(KEYS[relation])
         expected = pl.DataFrame(query(table, f"SELECT * FROM {relation}")).sort(KEYS[relation])
         assert_frame_equal(frame, expected, check_exact=False, rel_tol=1e-6)

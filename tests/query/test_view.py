@@ -13,6 +13,7 @@ from softlabels.query.view import query
 from softlabels.store import shards
 from softlabels.store.table import Table
 from tests.query.sequences import COUNTS, IDS, LABELS, PROBS, far, make_sequences
+from tests.store.markov import make_language
 from tests.tables import dense_logprobs, make_table, make_targets
 
 
@@ -59,6 +60,27 @@ def test_positions_unfold_rows_and_hide_what_is_not_there(tmp_path: Path) -> Non
     np.testing.assert_allclose(found["top1_prob"], PROBS[:, 0], rtol=1e-6)
     np.testing.assert_allclose(found["tail_prob"], 1 - PROBS.sum(1), atol=1e-7)
     assert found["tail_logprob"][1] == -np.inf
+
+
+def test_positions_of_sequences_name_their_token_and_segment(tmp_path: Path) -> None:
+    table = make_language(tmp_path / "t", rows=6, length=12, documents=3)
+    found = query(table, "SELECT * FROM positions ORDER BY example_id, position").to_pylist()
+    wanted = [
+        (row["input_ids"][at], row["segment_ids"][at], row["input_ids"][at + 1])
+        for row in pa.Table.from_batches(table.batches()).to_pylist()
+        for at in row["position_index"]
+    ]
+    assert [(f["token_id"], f["segment"], f["label_id"]) for f in found] == wanted
+    assert len(wanted) == 6 * 9
+    whole = make_language(tmp_path / "u", rows=6, length=12)
+    found = query(whole, "SELECT count(token_id) AS n, count(segment) AS m FROM positions")
+    assert found.to_pylist() == [{"n": 6 * 11, "m": 0}]
+
+
+def test_positions_of_classification_have_no_token(tmp_path: Path) -> None:
+    table = make_table(tmp_path / "t", rows=20)
+    found = query(table, "SELECT token_id, segment FROM positions")
+    assert found["token_id"].null_count == found["segment"].null_count == 20
 
 
 def test_entries_are_position_major_without_padding(tmp_path: Path) -> None:

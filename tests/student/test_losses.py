@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from softlabels.student import losses
+from softlabels.student import kernel
 from softlabels.student.losses import DistillationLoss, TailMode, Targets, distillation_loss
 
 MODES: tuple[TailMode, ...] = get_args(TailMode)
@@ -384,7 +384,7 @@ def test_backward_multiplies_and_may_run_twice() -> None:
 def test_no_gradient_is_made_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     targets, _ = teacher()
     want = distillation_loss(student(), targets).loss
-    monkeypatch.setattr(losses, "gradient_", None)
+    monkeypatch.setattr(kernel, "gradient_", None)
     plain = distillation_loss(student().detach(), targets).loss
     with torch.no_grad():
         silent = distillation_loss(student(), targets).loss

@@ -7,10 +7,14 @@ import pyarrow as pa
 import pytest
 
 from softlabels.errors import BadInputError, IntegrityError, MismatchError, StorageError
-from softlabels.plan import Plan, entries_table
+from softlabels.plan import POSITIONS, Plan, entries_table
+from softlabels.rules import Condition, PositionRules, PositionWeight
 from softlabels.store import shards
+from softlabels.store.table import Table
 from softlabels.student.reader import Reader, Rows
+from softlabels.student.ruled import keep_positions
 from tests.plans import make_plan
+from tests.sequences import make_uneven
 from tests.tables import dense_logprobs, make_table, make_targets
 
 
@@ -173,3 +177,194 @@ def test_rows_are_taken_sliced_and_joined_together(plan: Plan) -> None:
     np.testing.assert_array_equal(
         picked.targets.ids, stored(60, 5, draws=3).ids[np.array([0, 0, 39])]
     )
+
+
+HARD = Condition(column="entropy", operator=">", constant=2.0)
+LIGHT = PositionWeight(
+    where=(Condition(column="label_rank", operator="=", constant=0),), weight=0.5
+)
+KNOWN = PositionRules(where=(Condition(column="tail_logprob", operator="<=", constant=0),))
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Table:
+    """40 sequences in 2 files of several row groups; for tests that leave it as it is."""
+    return make_uneven(tmp_path_factory.mktemp("uneven") / "t")
+
+
+def flat(rows: Rows, name: str) -> list[Any]:
+    return [value for row in rows.columns[name].to_pylist() for value in row]
+
+
+def passing(rows: Rows) -> list[int]:
+    """Row by row, how many positions are above 2 nats."""
+    assert rows.targets.entropy is not None
+    hard, counts = rows.targets.entropy > 2, rows.targets.num_positions
+    return [int(part.sum()) for part in np.split(hard, np.cumsum(counts)[:-1])]
+
+
+def ruled(table: Table, rules: PositionRules, **options: Any) -> Plan:
+    """A plan of the rows that `rules` leave a position of, each row group an entry."""
+    plain = make_plan(table, **options)
+    reader = Reader(plain)
+    rows = []
+    for number, entry in enumerate(plain.entries.to_pylist()):
+        found = reader.entry(number)
+        counts = found.targets.num_positions
+        parts = np.split(rules.keep(found.targets), np.cumsum(counts)[:-1])
+        taken = entry["rows"] or list(range(entry["num_rows"]))
+        kept = [row for row, part in zip(taken, parts, strict=True) if part.any()]
+        rows.append({**entry, "rows": kept, "num_rows": len(kept)})
+    tables = {"a": plain.tables["a"].model_copy(update={"positions": rules})}
+    return replace(plain, entries=entries_table(rows), tables=tables, features=(POSITIONS,))
+
+
+def test_positions_are_those_that_the_rules_keep(uneven: Table) -> None:
+    columns = ["position_index", "input_ids", "num_positions", "topk_ids", "label_ids"]
+    plan = ruled(uneven, PositionRules(where=(HARD,), weights=(LIGHT,)))
+    reader, every = Reader(plan, columns), Reader(make_plan(uneven), columns)
+    seen = 0
+    for number in range(plan.entries.num_rows):
+        rows, whole = reader.entry(number), every.entry(number)
+        taken = np.flatnonzero(passing(whole))
+        whole = whole.take(taken)
+        assert whole.targets.entropy is not None
+        assert whole.targets.label_ranks is not None
+        assert whole.targets.label_ids is not None
+        keep = whole.targets.entropy > 2
+        assert rows.targets.num_positions.tolist() == passing(whole)
+        for name in ("ids", "logprobs", "tail", "draws", "entropy", "label_ids", "label_ranks"):
+            part = getattr(whole.targets, name)[keep]
+            np.testing.assert_array_equal(getattr(rows.targets, name), part)
+        assert rows.position_weights is not None
+        light = whole.targets.label_ranks[keep] == 0
+        assert rows.position_weights.tolist() == np.where(light, 0.5, 1.0).tolist()
+        assert (
+            flat(rows, "position_index") == np.array(flat(whole, "position_index"))[keep].tolist()
+        )
+        assert flat(rows, "topk_ids") == rows.targets.ids.reshape(-1).tolist()
+        assert flat(rows, "label_ids") == whole.targets.label_ids[keep].tolist()
+        assert rows.columns["num_positions"].to_pylist() == rows.targets.num_positions.tolist()
+        assert rows.columns["input_ids"].equals(whole.columns["input_ids"])
+        assert rows.columns["position_index"].type == whole.columns["position_index"].type
+        rows.columns["topk_ids"].validate(full=True)
+        seen += len(keep) - len(rows.targets.ids)
+    assert seen > 50
+
+
+def test_weights_go_with_their_positions(uneven: Table) -> None:
+    plan = ruled(uneven, PositionRules(where=(HARD,), weights=(LIGHT,)))
+    reader = Reader(plan, ["position_index"])
+    rows = Rows.concat([reader.entry(0), reader.entry(1)])
+    order = np.array([3, 0, 3, len(rows) - 1, 1])
+    picked = rows.take(order).slice(1, 5)
+    assert rows.position_weights is not None
+    assert picked.position_weights is not None
+    parts = np.split(rows.position_weights, np.cumsum(rows.targets.num_positions)[:-1])
+    assert (
+        picked.position_weights.tolist() == np.concatenate([parts[i] for i in order[1:]]).tolist()
+    )
+    assert picked.targets.label_ranks is not None
+    light = picked.targets.label_ranks == 0
+    assert picked.position_weights.tolist() == np.where(light, 0.5, 1.0).tolist()
+    assert len({*picked.position_weights.tolist()}) == 2
+    assert rows.nbytes - replace(rows, position_weights=None).nbytes == 4 * len(rows.targets.ids)
+
+
+def test_weights_of_one_table_are_1_in_the_others(uneven: Table, tmp_path: Path) -> None:
+    plain = make_uneven(tmp_path / "other", rows=10, prefix="o", seed=1)
+    plan = make_plan([uneven, plain])
+    weighing = plan.tables["a"].model_copy(update={"positions": PositionRules(weights=(LIGHT,))})
+    reader = Reader(replace(plan, tables={**plan.tables, "a": weighing}))
+    last = reader.entry(plan.entries.num_rows - 1)
+    both = Rows.concat([reader.entry(0), last])
+    assert both.position_weights is not None
+    assert len(both.position_weights) == len(both.targets.ids)
+    assert last.position_weights is not None
+    assert set(last.position_weights.tolist()) == {1.0}
+    assert Reader(plan).entry(0).position_weights is None
+    kept = replace(
+        plan, tables={**plan.tables, "a": weighing.model_copy(update={"positions": KNOWN})}
+    )
+    assert Reader(kept).entry(0).position_weights is None
+
+
+def test_rules_that_keep_all_copy_nothing(uneven: Table) -> None:
+    plan = make_plan(uneven)
+    table = plan.tables["a"].model_copy(update={"positions": KNOWN})
+    rows = Reader(replace(plan, tables={"a": table})).entry(0)
+    assert not rows.targets.ids.flags.owndata
+    few = Reader(ruled(uneven, PositionRules(where=(HARD,)))).entry(0)
+    assert few.targets.ids.flags.owndata
+
+
+def test_a_row_that_the_rules_leave_empty_is_refused(uneven: Table) -> None:
+    plan = ruled(uneven, PositionRules(where=(HARD,)))
+    never = PositionRules(where=(HARD.model_copy(update={"constant": 2.8}),))
+    table = plan.tables["a"].model_copy(update={"positions": never})
+    with pytest.raises(
+        IntegrityError,
+        match=r"file 'data/.*of table 'a': example 's\d+' is left without a .*entropy > 2.8",
+    ):
+        Reader(replace(plan, tables={"a": table})).entry(0)
+
+
+def test_entries_of_one_row_group_decode_it_once(plan: Plan, monkeypatch: Any) -> None:
+    one = plan.entries.to_pylist()[0]
+    rows: list[list[int] | None] = [[1, 4], [4, 9], None, [2], [9, 4]]
+    entries = [{**one, "rows": r, "num_rows": 10 if r is None else len(r)} for r in rows]
+    for chosen in ([0, 1, 3, 4], [0, 1, 2, 3, 4]):
+        several = replace(plan, entries=entries_table([entries[i] for i in chosen]))
+        reader = Reader(several, columns=["number"])
+        decode = reader._decode
+        decoded: list[int] = []
+
+        def counted(group: int, decode: Any = decode, decoded: list[int] = decoded) -> Rows:
+            decoded.append(group)
+            return decode(group)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(reader, "_decode", counted)
+        for number, entry in enumerate(chosen):
+            found = reader.entry(number)
+            wanted = rows[entry] or list(range(10))
+            assert found.columns["number"].to_pylist() == wanted
+            np.testing.assert_array_equal(
+                found.targets.ids, stored(60, 5, draws=3).ids[np.array(wanted)]
+            )
+        assert decoded == [0]
+        # Only what some entry takes is kept.
+        (kept,) = reader._cache.values()
+        assert len(kept) == (10 if 2 in chosen else 4)
+    assert reader.entry(2) is kept
+
+
+def test_the_same_rows_by_other_rules_are_decoded_for_each(uneven: Table) -> None:
+    plan = ruled(uneven, PositionRules(where=(HARD,)))
+    bare = plan.tables["a"].model_copy(update={"name": "b", "positions": None})
+    entries = plan.entries.to_pylist()[:1]
+    both = replace(
+        plan,
+        tables={**plan.tables, "b": bare},
+        entries=entries_table([*entries, {**entries[0], "table": "b"}]),
+    )
+    reader = Reader(both)
+    few, all_positions = reader.entry(0), reader.entry(1)
+    assert few.example_ids.equals(all_positions.example_ids)
+    assert len(few.targets.ids) < len(all_positions.targets.ids)
+
+
+def test_an_entry_that_lies_about_itself_is_named_whoever_reads_its_group(plan: Plan) -> None:
+    one = plan.entries.to_pylist()[0]
+    wrong = [{**one, "rows": [0, 11], "num_rows": 2}, {**one, "rows": [1], "num_rows": 1}]
+    reader = Reader(replace(plan, entries=entries_table(wrong)))
+    with pytest.raises(IntegrityError, match=r"entry 0 of the plan takes row 11 of .* 10 rows"):
+        reader.entry(1)
+
+
+def test_lists_that_contradict_their_positions_are_refused() -> None:
+    targets = stored(4, 2)
+    lists = pa.array([[1], [2], [3, 4], []], pa.list_(pa.int32()))
+    with pytest.raises(IntegrityError, match="column 'position_index' holds 4 values"):
+        keep_positions(targets, {"position_index": lists}, np.array([True, False, True, True]))
+    own, _ = keep_positions(targets, {"carried": lists}, np.array([True, False, True, True]))
+    assert own.num_positions.tolist() == [1, 0, 1, 1]

@@ -3,6 +3,8 @@ import json
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,12 +19,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softlabels.errors import BadInputError, IntegrityError, MismatchError, StorageError
-from softlabels.plan import Plan, entries_table
+from softlabels.plan import POSITIONS, Plan, entries_table
+from softlabels.rules import Condition, PositionRules, PositionWeight
 from softlabels.store import shards
 from softlabels.store.table import Table
 from softlabels.student.order import Order, owned_positions
-from softlabels.student.stream import Batch, Stream
+from softlabels.student.reader import Reader
+from softlabels.student.stream import Batch, Stream, window_rows
 from tests.plans import make_plan
+from tests.sequences import make_long, make_uneven
 from tests.tables import dense_logprobs, make_table, make_targets
 
 Tables = tuple[Table, Table]
@@ -394,6 +399,112 @@ def test_tables_are_found_where_roots_say(plan: Plan, tables: Tables, tmp_path: 
         assert sorted(found) == [f"x{i:05d}" for i in range(90)]
     finally:
         elsewhere.rename(tables[0].root.uri)
+
+
+@pytest.fixture(scope="module")
+def weighed(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """80 uneven sequences whose positions all stay; those below 2.3 nats weigh .25."""
+    table = make_uneven(tmp_path_factory.mktemp("weighed") / "t", rows=80)
+    easy = Condition(column="entropy", operator="<", constant=2.3)
+    rules = PositionRules(weights=(PositionWeight(where=(easy,), weight=0.25),))
+    plan = make_plan(table)
+    tables = {"a": plan.tables["a"].model_copy(update={"positions": rules})}
+    return replace(plan, tables=tables, features=(POSITIONS,))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_position_weights_are_those_of_their_positions(weighed: Plan, world_size: int) -> None:
+    for rank in range(world_size):
+        stream = make_stream(weighed, 7, epochs=2, rank=rank, world_size=world_size)
+        sizes = []
+        for batch in stream:
+            assert batch.position_weights is not None
+            assert batch.targets.entropy is not None
+            expected = np.where(batch.targets.entropy < np.float32(2.3), 0.25, 1.0)
+            assert batch.position_weights.tolist() == expected.tolist()
+            assert len(batch.position_weights) == batch.targets.num_positions.sum()
+            sizes.append(len(expected))
+        assert len(set(sizes)) > 3
+
+
+def test_plans_without_weights_have_none_in_batches(plan: Plan) -> None:
+    assert next(iter(make_stream(plan))).position_weights is None
+
+
+def test_position_weights_are_part_of_what_decides_the_order(weighed: Plan) -> None:
+    plain = replace(
+        weighed,
+        tables={"a": weighed.tables["a"].model_copy(update={"positions": None})},
+        features=(),
+    )
+    with pytest.raises(MismatchError, match="fingerprint is"):
+        make_stream(plain).load_state_dict(make_stream(weighed).state_dict())
+
+
+def test_windows_hold_32_mib_of_files_and_a_bounded_number_of_rows(plan: Plan) -> None:
+    def rows(*files: tuple[int, int]) -> int:
+        made = plan.tables["a"].files[0]
+        sized = [made.model_copy(update={"size": s, "num_rows": n}) for s, n in files]
+        table = plan.tables["a"].model_copy(update={"files": tuple(sized)})
+        return window_rows(replace(plan, tables={"a": table}))
+
+    assert rows((36_000 * 1000, 1000)) == (32 << 20) // 36_000 == 932
+    assert rows((36_000 * 1000, 1000), (12_000 * 1000, 1000)) == (32 << 20) // 24_000
+    assert rows((50 * 1000, 1000)) == 65_536
+    assert rows((10_000_000, 10)) == 256
+    assert rows((0, 0)) == 256
+
+
+def test_the_window_of_the_plan_is_part_of_the_state(plan: Plan) -> None:
+    stream = Stream(plan, batch_size=16)
+    assert stream.state_dict()["shuffle_rows"] == window_rows(plan)
+    given = Stream(plan, batch_size=16, shuffle_rows=window_rows(plan))
+    given.load_state_dict(stream.state_dict())
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    """64 sequences of 512 positions with 16 ids and 16 draws, in row groups of 10."""
+    return make_plan(make_long(tmp_path_factory.mktemp("long") / "t"))
+
+
+def test_a_position_takes_what_the_documentation_says(long: Plan) -> None:
+    entry = Reader(long).entry(0)
+    assert round(entry.nbytes / len(entry.targets.ids)) == 212
+    size = sum(file.size for file in long.tables["a"].files)
+    assert 60 < size / (64 * 512) < 90  # random ids are no smaller than real ones
+    window = window_rows(long) * 512 * 212
+    assert 75e6 < window < 125e6
+
+
+@pytest.mark.parametrize(
+    ("read_ahead", "cache_rows", "keep"), [(1, 0, None), (2, 0, None), (1, 40, None), (1, 0, 0.04)]
+)
+def test_memory_stays_within_what_the_documentation_says(
+    long: Plan, read_ahead: int, cache_rows: int, keep: float | None
+) -> None:
+    plan, row = long, Reader(long).entry(0).nbytes / 10
+    if keep is not None:  # 99 %: what is decoded is copied, from Arrow's memory into numpy's
+        rules = PositionRules(where=(Condition(column="entropy", operator=">", constant=keep),))
+        tables = {"a": long.tables["a"].model_copy(update={"positions": rules})}
+        plan = replace(long, tables=tables, features=(POSITIONS,))
+    options = {"shuffle_rows": 20, "read_ahead": read_ahead, "cache_bytes": int(cache_rows * row)}
+    stream = make_stream(plan, 4, epochs=2, **options)
+    gc.collect()
+    before, peak = pa.total_allocated_bytes(), 0
+    tracemalloc.start()
+    try:
+        for _ in stream:
+            time.sleep(0.02)  # a slow student: the reader gets as far ahead as it may
+            held, highest = tracemalloc.get_traced_memory()
+            peak = max(peak, held + pa.total_allocated_bytes() - before)
+    finally:
+        tracemalloc.stop()
+    # Row groups are of 10 rows, the last of 4: a window of about 20 has 24 at most.
+    windows = (read_ahead + 2) * 24 * row
+    assert highest < windows + 1e6
+    # A batch in hand is a view of its window. One row group more while it is decoded.
+    assert 40 * row < peak < windows + (cache_rows + 10) * row + 1e6
 
 
 def test_streaming_needs_no_teacher_and_no_database_and_ends(plan: Plan, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from softlabels.fingerprint import key64
-from softlabels.teacher.extract import draw_uniforms, extract
+from softlabels.teacher.extract import BLOCK, BLOCKED_FROM, draw_uniforms, extract
 
 KEYS = np.array([key64(0, f"x{i}", 0) for i in range(30_000)], np.uint64)
 
@@ -99,6 +99,62 @@ def test_draws_depend_on_the_key_alone() -> None:
     np.testing.assert_array_equal(draw(LOGITS, KEYS[:500], 2, 4), again)
     np.testing.assert_array_equal(draw(LOGITS, KEYS[:500][::-1], 2, 4)[::-1], again)
     assert (draw(LOGITS, KEYS[500:1000], 2, 4) != again).any(1).mean() > 0.5
+
+
+def large_logits(classes: int) -> torch.Tensor:
+    """One distribution with its mass on ids all over, blocks without any, and one full block."""
+    z = torch.full((classes,), -torch.inf)
+    some = torch.arange(0, classes, 211)
+    z[some] = torch.linspace(0, 2, len(some))
+    z[3 * BLOCK : 4 * BLOCK] = torch.linspace(-1, 1, BLOCK)
+    z[classes - 1] = 2.5
+    return z
+
+
+@pytest.mark.parametrize("classes", [BLOCKED_FROM, 5_000])
+@pytest.mark.parametrize(("k", "temperature"), [(3, 1.0), (0, 1.0), (3, 2.0)])
+def test_draws_from_large_vocabularies_follow_the_tail(
+    classes: int, k: int, temperature: float
+) -> None:
+    draws, keys = 6, KEYS[:1500]
+    z = large_logits(classes)
+    found = draw(z, keys, k, draws, temperature)
+    expected = tail_probs(z, k, temperature)
+    counts = np.bincount(found.reshape(-1), minlength=classes)
+    assert (counts[expected == 0] == 0).all()
+    deviation = np.sqrt(expected * (1 - expected) / found.size)
+    assert (np.abs(counts / counts.sum() - expected) <= 4.5 * deviation + 1e-12).all()
+    assert counts[3 * BLOCK : 4 * BLOCK].sum() / counts.sum() > 0.3
+    for v in np.argsort(-expected)[:5]:
+        of_row = (found == v).sum(1)
+        assert of_row.min() >= np.floor(draws * expected[v] - 1e-6)
+        assert of_row.max() <= np.ceil(draws * expected[v] + 1e-6)
+
+
+@pytest.mark.parametrize("classes", [BLOCKED_FROM - 1, BLOCKED_FROM, 5_000, 20_000])
+def test_blocks_find_what_a_float64_sum_over_all_entries_finds(classes: int) -> None:
+    z = torch.randn(300, classes, generator=torch.Generator().manual_seed(1)) * 3
+    keys = KEYS[:300]
+    found = extract(z, k=2, draws=7, draw_keys=keys).draws
+    probs = torch.softmax(z.double(), 1)
+    probs.scatter_(1, z.topk(2).indices, 0)
+    uniforms = draw_uniforms(keys, 8)
+    points = torch.from_numpy((uniforms[:, :1] + np.arange(7)) / 7)
+    cumulative = probs.cumsum(1)
+    expected = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True).numpy()
+    expected = np.take_along_axis(expected, uniforms[:, 1:].argsort(1, kind="stable"), 1)
+    assert found is not None
+    assert (found == expected).mean() > 0.999
+
+
+def test_empty_and_single_tails_of_large_vocabularies() -> None:
+    z = torch.full((5_000,), -torch.inf)
+    z[4_000] = 1.0
+    assert (draw(z, KEYS[:10], 1, 3) == -1).all()
+    z[4_999] = -50.0
+    assert (draw(z, KEYS[:500], 1, 7) == 4_999).all()
+    z[0] = -50.0
+    assert set(draw(z, KEYS[:500], 1, 7).reshape(-1)) == {0, 4_999}
 
 
 def test_draws_without_keys_are_a_mistake_of_the_caller() -> None:

@@ -1,13 +1,15 @@
 """extract() against a float64 dense reference."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from softlabels.targets import SoftTargets
-from softlabels.teacher.extract import extract
+from softlabels.teacher import extract as module
+from softlabels.teacher.extract import BLOCK, BLOCKED_FROM, extract
 
 TEMPERATURES = (0.5, 2.0, 4.0)
 
@@ -204,6 +206,60 @@ def test_smaller_k_is_a_prefix() -> None:
     small, large = extract(z, k=4), extract(z, k=20)
     np.testing.assert_array_equal(small.ids, large.ids[:, :4])
     np.testing.assert_array_equal(small.logprobs, large.logprobs[:, :4])
+
+
+LARGE = [BLOCKED_FROM - 1, BLOCKED_FROM, BLOCKED_FROM + 1, 5_000, 49 * BLOCK]
+"""Widths on both sides of where blocks begin, whole blocks and not."""
+
+
+@pytest.mark.parametrize("classes", LARGE)
+@pytest.mark.parametrize("k", [0, 1, 7, 9, 40])
+def test_large_vocabularies(classes: int, k: int) -> None:
+    z = make_logits(6, classes, seed=k)
+    z[0, 100:] = -torch.inf
+    z[1, classes - 1] = 20.0
+    z[2, : BLOCK + 3] = 9.0 + torch.arange(BLOCK + 3) / 50  # one block holds more than the head
+    labels = np.array([3, classes - 1, 5, 0, 17, -1], np.int32)
+    found = extract(z, k=k, labels=labels, temperatures=(2.0,))
+    check_against_reference(z, found, atol=4e-6)
+    expected = np.argsort(-z.numpy(), axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(found.ids, expected)
+    found.check([str(i) for i in range(6)], classes)
+    ranks = (z > z.gather(1, torch.from_numpy(labels.clip(0)).long()[:, None])).sum(1).numpy()
+    assert found.label_ranks is not None
+    np.testing.assert_array_equal(found.label_ranks[:5], ranks[:5])
+
+
+def test_ranks_of_tied_logits_in_a_large_vocabulary() -> None:
+    z = make_logits(200, 5_000, scale=2.0).round()
+    labels = (np.arange(200) * 23 % 5_000).astype(np.int32)
+    found = extract(z, k=8, labels=labels)
+    assert found.label_ranks is not None
+    for row, label in enumerate(labels):
+        place = np.flatnonzero(found.ids[row] == label)
+        if len(place):
+            assert found.label_ranks[row] == place[0]
+            continue
+        rest = np.setdiff1d(np.arange(5_000), found.ids[row])
+        value = z[row, label]
+        ahead = (z[row, rest] > value) | (
+            (z[row, rest] == value) & (torch.from_numpy(rest) < int(label))
+        )
+        assert found.label_ranks[row] == 8 + int(ahead.sum())
+
+
+def test_rows_of_one_call_do_not_depend_on_how_it_cuts_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    z = make_logits(30, 5_000)
+    keys = np.arange(30, dtype=np.uint64) * 977
+    labels = np.arange(30, dtype=np.int32) * 100
+    settings: dict[str, Any] = {"k": 4, "labels": labels, "draws": 5, "draw_keys": keys}
+    whole = extract(z, **settings)
+    monkeypatch.setattr(module, "_ELEMENTS", 4 * 5_000)
+    cut = extract(z, **settings)
+    for name in ("ids", "logprobs", "tail", "entropy", "draws", "label_logprobs", "label_ranks"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(cut, name))
 
 
 def test_no_rows() -> None:

@@ -1,0 +1,1 @@
+"""Language models on real text: SmolLM2-135M labels, small students learn."""

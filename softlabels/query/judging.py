@@ -1,0 +1,126 @@
+"""Position rules at work on the rows that a source takes: thresholds, rows left, counts.
+
+The values are judged by the very code that a student's reader runs, so that no row of a plan is
+left without a position there. They are read with Arrow, a row group at a time: SQL engines unfold
+lists several times slower.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from softlabels.errors import BadInputError, IntegrityError
+from softlabels.query.positions import Positions
+from softlabels.query.selection import Numbers, Selection, files_of, row_groups
+from softlabels.rules import Column, PositionRules, known, per_row, stored_columns, values_of
+from softlabels.store import shards
+from softlabels.store.table import Table
+from softlabels.targets import SoftTargets
+
+_PENDING = 1 << 20
+"""Values that are collected before equal ones are joined."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What rules leave of a selection.
+
+    Attributes:
+        selection: rows with at least one position; the others are dropped for "positions".
+        rules: with thresholds in the place of shares.
+        positions: of the rows that were judged.
+        kept: of them, how many pass.
+        unknown: of them, how many fail because a value is not known.
+    """
+
+    selection: Selection
+    rules: PositionRules
+    positions: int
+    kept: int
+    unknown: int
+
+
+def judge(table: Table, positions: Positions, selection: Selection) -> Judged:
+    """What is left of a selection of `table`.
+
+    Raises:
+        BadInputError: a share is asked by a column that no position knows.
+        IntegrityError: a file is not as the log says.
+    """
+    threshold = None
+    if positions.ranked is not None:
+        values, counts, total = _distribution(table, positions.ranked, selection.rows)
+        if not len(values):
+            raise BadInputError(
+                f"positions: top {positions.top!r} by {positions.by!r}: none of {total} positions "
+                "of the selected rows has a value of that column"
+            )
+        threshold = positions.threshold(values, counts, total)
+    rules = positions.rules(threshold)
+    left, total, kept, unknown = [np.zeros(0, np.bool_)], 0, 0, 0
+    for targets in _targets(table, selection.rows, rules.columns):
+        passed = rules.keep(targets)
+        left.append(per_row(passed, targets.num_positions) > 0)
+        total += len(passed)
+        kept += int(passed.sum())
+        unknown += int(rules.unknown(targets).sum())
+    rows = np.concatenate(left)
+    keys = selection.keys
+    dropped = {**selection.dropped, "positions": len(rows) - int(rows.sum())}
+    found = Selection(selection.rows[rows], None if keys is None else keys[rows], dropped)
+    return Judged(found, rules, total, kept, unknown)
+
+
+def _distribution(
+    table: Table, column: Column, rows: Numbers
+) -> tuple[npt.NDArray[np.float64], Numbers, int]:
+    """Known values of a column, each once and rising; their counts; all positions."""
+    values, counts = np.zeros(0, np.float64), np.zeros(0, np.int64)
+    pending: list[npt.NDArray[np.float64]] = []
+    total = waiting = 0
+    for targets in _targets(table, rows, stored_columns([column])):
+        total += len(targets.ids)
+        found = values_of(column, targets)
+        if found is None:
+            continue
+        pending.append(found[known(column, found)].astype(np.float64))
+        waiting += len(pending[-1])
+        if waiting > _PENDING:
+            values, counts = _counted(values, counts, pending)
+            pending, waiting = [], 0
+    return *_counted(values, counts, pending), total
+
+
+def _counted(
+    values: npt.NDArray[np.float64], counts: Numbers, pending: list[npt.NDArray[np.float64]]
+) -> tuple[npt.NDArray[np.float64], Numbers]:
+    new, of_new = np.unique(np.concatenate([np.zeros(0), *pending]), return_counts=True)
+    joined, place = np.unique(np.concatenate([values, new]), return_inverse=True)
+    sums = np.zeros(len(joined), np.int64)
+    np.add.at(sums, place, np.concatenate([counts, of_new]))
+    return joined, sums
+
+
+def _targets(table: Table, rows: Numbers, columns: tuple[str, ...]) -> Iterator[SoftTargets]:
+    """Of `rows`, rising, some columns, a row group at a time."""
+    groups = row_groups(table, files_of(table, rows))
+    stored = table.contents.k if "topk_ids" in columns else 0
+    path, opened = "", None
+    for file, index, start, size in zip(
+        groups.files, groups.indexes, groups.starts, groups.sizes, strict=True
+    ):
+        first, last = np.searchsorted(rows, (start, start + size))
+        if first == last:
+            continue
+        if opened is None or path != file.path:
+            path, opened = file.path, shards.open_shard(table.root.buffer(file.path), file.path)
+        batch = shards.read_row_groups(opened, path, [index], ["num_positions", *columns])
+        try:
+            values = {name: batch[name] for name in batch.schema.names}
+            targets = SoftTargets.from_columns(values, stored)
+        except IntegrityError as error:
+            raise IntegrityError(f"file {path!r} of {table.root.uri!r}: {error}") from error
+        whole = last - first == size
+        yield targets if whole else targets.take(rows[first:last] - start)

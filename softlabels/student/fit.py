@@ -1,0 +1,120 @@
+"""Whether plan, student, loss and tokenizer fit each other: asked before any work is done."""
+
+from pathlib import Path
+
+from softlabels.errors import BadInputError, MismatchError
+from softlabels.plan import Plan
+from softlabels.student.batch import LabelSpace, label_space, require_servable
+from softlabels.student.spec import LossSpec, RunSpec
+from softlabels.student.tokens import NAME, template_sha256, tokenizer_sha256
+
+_KINDS = {"next": "causal_lm", "same": "masked_lm"}
+
+
+def require_fit(spec: RunSpec) -> tuple[Plan, Plan | None]:
+    """The training plan and the evaluation plan, when they serve the spec; builds no student.
+
+    Raises:
+        BadInputError: there is no such plan, or the spec asks for what its kind of plan has not.
+        MismatchError: a label space, tokenizer, temperature, column or draw does not fit.
+    """
+    plan = Plan.read(spec.plan)
+    space = label_space(plan, "the plan")
+    if spec.classes is not None:
+        asked = space._replace(num_classes=len(spec.classes), classes=spec.classes)
+        asked.require(space, "the spec (classes)", "the plan")
+    require_student(spec, space)
+    require_tokens(spec, plan, "the plan")
+    require_servable(plan, spec.loss, spec.inputs.columns)
+    other = Plan.read(spec.evaluate.plan) if spec.evaluate is not None else None
+    names = {*plan.tables, *(other.tables if other else ())}
+    if unknown := sorted(set(spec.roots) - names):
+        raise BadInputError(
+            f"roots: no plan of the run reads a table {unknown[0]!r}; they read {sorted(names)!r}"
+        )
+    if other is None:
+        return plan, None
+    space.require(label_space(other, "the evaluation plan"), "the plan", "the evaluation plan")
+    require_tokens(spec, other, "the evaluation plan")
+    # Evaluation is at temperature 1 and needs neither draws nor tails, whatever the loss is.
+    require_servable(other, LossSpec(kd_weight=0), spec.inputs.columns)
+    return plan, other
+
+
+def require_student(spec: RunSpec, space: LabelSpace) -> None:
+    """Raises unless the spec's kind of student and inputs are those of the plan's kind.
+
+    Raises:
+        BadInputError: inputs or loss are of the other kind.
+        MismatchError: a causal student for masked positions, or the other way round.
+    """
+    asked = spec.student
+    kind = (
+        None if asked is None or asked.module else "causal_lm" if asked.causal_lm else "masked_lm"
+    )
+    expected = _KINDS.get(space.alignment or "")
+    if kind is not None and kind != expected:
+        raise MismatchError(
+            f"student: found {kind!r}, a plan of alignment {space.alignment!r} needs "
+            f"{expected or 'module'!r}"
+        )
+    if space.alignment is None:
+        if spec.loss.fused == "always" or spec.loss.normalization == "sequence":
+            raise BadInputError(
+                "loss.fused 'always' and loss.normalization 'sequence' are for plans of "
+                "sequences, this one is of classification"
+            )
+    elif spec.inputs.decode is not None or spec.inputs.columns:
+        raise BadInputError(
+            f"inputs: a plan of sequences (alignment {space.alignment!r}) brings the student's "
+            f"input, found {spec.inputs.model_dump()!r}: leave it out"
+        )
+
+
+def require_tokens(spec: RunSpec, plan: Plan, where: str) -> None:
+    """Raises unless tokenizer and chat template of the spec are those of a plan's tables.
+
+    Raises:
+        BadInputError: a file is not there, or the plan is not of sequences.
+        MismatchError: tokenizers or templates differ; both values are in the message.
+    """
+    space = label_space(plan, where)
+    if space.alignment is None:
+        for name in ("tokenizer", "chat_template"):
+            if getattr(spec, name) is not None:
+                raise BadInputError(f"{name}: {where} is of classification, which has none")
+        return
+    path = tokenizer_of(spec)
+    if path is not None:
+        found = tokenizer_sha256(path)
+        if found != space.tokenizer_sha256:
+            raise MismatchError(
+                f"tokenizers differ: {path!r} has sha256 {found!r}, {where} was labelled with "
+                f"{space.tokenizer_sha256!r}: its token ids would mean something else"
+            )
+    if spec.chat_template is not None:
+        _require_template(spec.chat_template, plan, where)
+
+
+def _require_template(path: str, plan: Plan, where: str) -> None:
+    found = template_sha256(path)
+    stored = {
+        table.contents.chat_template_sha256
+        for table in plan.tables.values()
+        if table.contents.chat_template_sha256 is not None
+    }
+    # Tables of plain text have no template, and none to disagree with; one must have it.
+    if stored != {found}:
+        raise MismatchError(
+            f"chat templates differ: {path!r} has sha256 {found!r}, {where} was labelled with "
+            f"{sorted(stored) or None!r}"
+        )
+
+
+def tokenizer_of(spec: RunSpec) -> str | None:
+    """The student's tokenizer: the spec's, or the one in its checkpoint; None: not known."""
+    if spec.tokenizer is not None:
+        return spec.tokenizer
+    asked = spec.student.language_model if spec.student is not None else None
+    folder = asked.checkpoint if asked is not None else None
+    return folder if folder is not None and (Path(folder) / NAME).is_file() else None

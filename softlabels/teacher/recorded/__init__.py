@@ -1,0 +1,1 @@
+"""Recorded teachers: log-probabilities that an engine, an API or a data set holds."""
