@@ -195,7 +195,8 @@ def train_students(demo: Demo, plans: Mapping[str, Path]) -> dict[str, dict[str,
 
 def measure_exactly(demo: Demo, path: Path) -> tuple[Figures, dict[str, Figures]]:
     """Teacher and students on the held-out pages, run live, over the whole vocabulary."""
-    torch.set_num_threads(max(1, demo.workers))
+    if demo.workers:
+        torch.set_num_threads(demo.workers)
     plan = Plan.read(path)
     names = [f"{arm.name}-seed{seed}" for seed in demo.seeds for arm in ARMS]
     folders = {name: demo.out / "runs" / name for name in names}

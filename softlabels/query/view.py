@@ -311,7 +311,8 @@ def _heads(schema: str, k: int) -> str:
     unnested = "".join(f", {ranks(column)}" for column in ("topk_ids", "topk_logprobs") if k)
     return f"""
         SELECT example_id, "view", position, token_id, segment, entropy, tail_logprob, label_id,
-            label_logprob, label_rank, {lists("topk_ids", "INTEGER")}, {lists("topk_logprobs", "FLOAT")}
+            label_logprob, label_rank,
+            {lists("topk_ids", "INTEGER")}, {lists("topk_logprobs", "FLOAT")}
         FROM (
             SELECT example_id, "view",
                 unnest(range(num_positions))::INTEGER AS position,

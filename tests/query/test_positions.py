@@ -14,7 +14,7 @@ from softlabels.errors import BadInputError
 from softlabels.plan import Plan, SourceReport
 from softlabels.query import judging
 from softlabels.query.mix import mix, pin
-from softlabels.query.positions import parse
+from softlabels.query.positions import Positions, parse
 from softlabels.query.recipe import Recipe
 from softlabels.query.view import query
 from softlabels.rules import LARGEST, PositionRules
@@ -22,6 +22,7 @@ from softlabels.specs import validate
 from softlabels.store import shards, tags
 from softlabels.store.table import Table
 from softlabels.student.stream import Stream
+from softlabels.targets import SoftTargets
 from tests.query.sequences import far
 from tests.sequences import make_uneven
 from tests.tables import make_table
@@ -383,3 +384,21 @@ def test_only_row_groups_with_selected_rows_are_read(
     plan = one(table, "entropy > 1", where="example_id = 's00003'")
     assert plan.num_rows == 1
     assert read == [([0], ["num_positions", "position_entropy"])]
+
+
+@pytest.mark.parametrize(
+    ("top", "by", "passing"),
+    [
+        (0.2, "-tail_logprob", [True, False, False]),
+        (0.6, "-tail_logprob", [True, True, False]),
+        (0.9, "tail_logprob", [True, True, True]),
+        (0.4, "tail_logprob", [False, True, True]),
+    ],
+)
+def test_tails_without_mass_are_the_lowest(top: float, by: str, passing: list[bool]) -> None:
+    tails = np.array([-np.inf, -3, -1])
+    positions = Positions(top=top, by=by)
+    border = positions.threshold(tails, np.array([5, 3, 2]), 10)
+    empty = np.zeros((3, 0), np.int32), np.zeros((3, 0), np.float32)
+    targets = SoftTargets(np.ones(3, np.int32), *empty, tail=tails.astype(np.float32))
+    assert border.holds(targets).tolist() == passing

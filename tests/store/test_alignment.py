@@ -94,6 +94,10 @@ def test_masked_targets_are_tested_against_places_and_positions(tmp_path: Path) 
     assert right["verdict"] == "right"
     assert list(right["losses"]) == ["-1", "0", "+1", "label -1", "label +1"]
     assert right["positions"] == 60 * (6 - 2), "the first and last have but one neighbour"
+    made = masked(tokens[:1], probs, 8)
+    single = self_test(write(tmp_path / "s", made, 40, 8, alignment="same", files=1))
+    assert single is not None
+    assert single["positions"] == 6 - 2, "the last of a row is no neighbour of its first"
     cases: list[tuple[dict[str, int], str]] = [
         ({"shift": -1}, "distribution j fits the token at position_index[j] - 1"),
         ({"shift": 1}, "fits the token at position_index[j] + 1"),
@@ -125,6 +129,11 @@ def test_a_teacher_that_knows_nothing_proves_nothing(tmp_path: Path) -> None:
     found = self_test(write(tmp_path / "t", causal(tokens, flat, 8, 4), 40, 8, 4))
     assert found is not None
     assert (found["verdict"], found["problem"]) == ("unclear", None)
+    for seed, sharpness in enumerate((0.05, 0.3, 0.5, 1.0, 2.0, 4.0)):
+        wild = causal(tokens, chain(40, sharpness, seed + 1), 8, 0)
+        found = self_test(write(tmp_path / str(seed), wild, 40, 8))
+        assert found is not None
+        assert (found["verdict"], found["problem"]) == ("unclear", None), "an untrained teacher"
 
 
 def test_rows_without_tokens_are_not_tested(tmp_path: Path) -> None:
@@ -202,6 +211,7 @@ def test_a_row_that_contradicts_its_tokens_is_named(
     [
         ("label_ranks", 0, 0, "position 0 has a label_rank"),
         ("label_ranks", 1, 1, "position 1 has a label_rank"),
+        ("label_ranks", 1, -1, "position 1 has a label_rank"),
         ("label_ranks", 2, 2, "position 2 has a label_rank"),
         ("label_ranks", 2, -1, "position 2 has a label_rank"),
         ("label_logprobs", 0, -1.4, "position 0 has a label_logprob"),

@@ -267,10 +267,10 @@ def test_settings_that_do_not_fit(teacher: Teacher, tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="for d 64 ids, the tokenizer has 290"):
         import_recorded(spec(teacher, tmp_path, compression=str(tmp_path / "other.yaml")))
     (tmp_path / "compression_config.yaml").write_text("k: [")
-    with pytest.raises(BadInputError, match="'compression_config.yaml' cannot be read"):
+    with pytest.raises(BadInputError, match=r"'compression_config.yaml' cannot be read"):
         import_recorded(spec(teacher, tmp_path))
     (tmp_path / "compression_config.yaml").unlink()
-    with pytest.raises(BadInputError, match="there is no 'compression_config.yaml' beside"):
+    with pytest.raises(BadInputError, match=r"there is no 'compression_config.yaml' beside"):
         import_recorded(spec(teacher, tmp_path))
 
 
@@ -288,5 +288,5 @@ def test_a_row_cut_short(teacher: Teacher, tmp_path: Path) -> None:
     }
     data = (tmp_path / "data_0.parquet").read_bytes()
     (tmp_path / "data_0.parquet").write_bytes(data[:-200])
-    with pytest.raises(DataError, match="'data_0.parquet' is no whole Parquet file"):
+    with pytest.raises(DataError, match=r"'data_0.parquet' is no whole Parquet file"):
         import_recorded(spec(teacher, tmp_path))

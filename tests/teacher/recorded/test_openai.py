@@ -272,7 +272,7 @@ def test_nothing_left_is_an_error(teacher: Teacher, tmp_path: Path) -> None:
 def test_processed_values_are_of_temperature_1(teacher: Teacher, tmp_path: Path) -> None:
     record = answered(teacher, 1) | {"temperature": 0.7}
     write_lines(tmp_path / "records.jsonl", [record])
-    with pytest.raises(DataError, match="expected temperature 1.0, found 0.7"):
+    with pytest.raises(DataError, match=r"expected temperature 1.0, found 0.7"):
         import_recorded(spec_of(teacher, tmp_path, scale="processed"))
     # Of raw values it only chose the tokens.
     assert import_recorded(spec_of(teacher, tmp_path))["rows"] == 1

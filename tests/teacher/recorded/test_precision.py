@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from softlabels.teacher.recorded.precision import Precision
+from softlabels.teacher.recorded.precision import Precision, Values
 
 
-def top(seed: int, k: int, scale: float) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def top(seed: int, k: int, scale: float) -> Values:
     """log p of the k likeliest of 1,000 classes, for 200 distributions."""
     logits = np.random.default_rng(seed).normal(0, scale, (200, 1000))
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     return np.asarray(-np.sort(-logprobs, 1)[:, :k])
 
 
-def written(values: np.ndarray, kind: str) -> np.ndarray:  # type: ignore[type-arg]
+def written(values: Values, kind: str) -> Values:
     """Values as a kind of record holds them."""
     if kind.endswith("decimals"):
         return np.round(values, int(kind[0]))
