@@ -76,8 +76,10 @@ class Settings(BaseModel):
 
 
 def main(changes: Sequence[str] = ()) -> None:
-    """Trains and measures everything that is not there yet."""
-    run(load_spec(HERE / "bench.yaml", Settings, changes))
+    """Trains and measures everything that is not there yet, and writes README's table."""
+    settings = load_spec(HERE / "bench.yaml", Settings, changes)
+    run(settings)
+    write_table(summarise(settings.out))
 
 
 def run(settings: Settings) -> None:
@@ -101,7 +103,6 @@ def _run(settings: Settings) -> None:
             advance(settings, runs, point, heldout, progress)
         for one in runs:
             one.close()
-    write_table(summarise(settings.out))
 
 
 def plan(settings: Settings) -> list[tuple[tuple[Arm, ...], tuple[int, ...]]]:

@@ -215,14 +215,14 @@ def test_given_positions_are_the_rows(make: Maker) -> None:
 def test_given_positions_and_segments_survive_a_split(make: Maker) -> None:
     record = {
         "ids": [10, 11, 12, 13, 14, 15, 16],
-        "segment_ids": [0, 0, 0, 0, 1, 1, 1],
-        "position_index": [0, 1, 2, 4],
+        "segment_ids": [0, 0, 1, 1, 1, 2, 2],
+        "position_index": [0, 2, 3, 5],
     }
     rows = read(make([record], input_ids="ids", packing="documents", length=3))
     # Token 13 begins a sequence: nothing before it is there to predict it. The last one is alone.
-    assert [row["position_index"] for row in rows] == [[0, 1], [1]]
-    assert [row["segment_ids"] for row in rows] == [[0, 0, 0], [0, 1, 1]]
-    assert [row["label_ids"] for row in rows] == [[11, 12], [15]]
+    assert [row["position_index"] for row in rows] == [[0], [0]]
+    assert [row["segment_ids"] for row in rows] == [[0, 0, 1], [0, 0, 1]]
+    assert [row["label_ids"] for row in rows] == [[11], [14]]
 
 
 @pytest.mark.parametrize(
@@ -346,6 +346,14 @@ def test_given_positions_are_the_masked_ones(make: Maker, tokenizer: Tokenizer) 
     (row,) = read(make([record], kind="masked", input_ids="ids", packing="documents"))
     assert row["input_ids"] == [tokenizer.mask_id, 11, tokenizer.mask_id]
     assert (row["position_index"], row["label_ids"]) == ([0, 2], [10, 12])
+
+
+def test_the_same_masks_in_other_segments_are_another_example(make: Maker) -> None:
+    record = {"ids": [10, 11, 12], "position_index": [1]}
+    records = [{**record, "segment_ids": segments} for segments in ([0, 0, 0], [0, 1, 1])]
+    rows = read(make(records, kind="masked", input_ids="ids", packing="documents"))
+    assert [row["input_ids"] for row in rows] == [rows[0]["input_ids"]] * 2
+    assert rows[0]["example_id"] != rows[1]["example_id"]
 
 
 def test_a_sequence_of_special_tokens_has_nothing_to_mask(make: Maker) -> None:
