@@ -2,8 +2,8 @@
 
 import inspect
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -57,16 +57,19 @@ def _model(kind: Kind) -> "type[BaseModel]":
 def _lines(model: "type[BaseModel]", indent: str) -> Iterator[str]:
     meanings = _meanings(model)
     for name, field in model.model_fields.items():
-        inner, many = _inner(field.annotation)
+        inner, shape = _inner(field.annotation)
         meaning = meanings.get(name, "")
         if inner is None:
             yield f"{indent}{name}: {_default(field)}  # {meaning}".rstrip(" #")
             continue
-        given = "" if field.is_required() or many else f" (default: {_default(field)})"
-        yield f"{indent}{name}:  # {meaning}{given}".rstrip(" #")
-        if many:
+        given = "" if field.is_required() else f" (default: {_default(field)})"
+        yield f"{indent}{name}:  # {meaning}{given}"
+        if shape == "named":
             yield f"{indent}  NAME:"
-        yield from _lines(inner, indent + ("    " if many else "  "))
+        lines = list(_lines(inner, indent + ("  " if shape == "one" else "    ")))
+        if shape == "listed":
+            lines[0] = f"{indent}  - {lines[0].strip()}"
+        yield from lines
 
 
 def _default(field: "FieldInfo") -> str:
@@ -82,18 +85,20 @@ def _default(field: "FieldInfo") -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value) or '""'
 
 
-def _inner(annotation: Any) -> "tuple[type[BaseModel] | None, bool]":
-    """The settings model in an annotation, and whether many of them stand there by name."""
+def _inner(annotation: Any) -> "tuple[type[BaseModel] | None, str]":
+    """The settings model in an annotation, and how it stands there: one, named or listed."""
     from pydantic import BaseModel
 
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
-        return annotation, False
+        return annotation, "one"
     arguments = get_args(annotation)
     for argument in arguments:
-        found, _ = _inner(argument)
+        found, shape = _inner(argument)
         if found is not None:
-            return found, len(arguments) == 2 and arguments[0] is str
-    return None, False
+            if len(arguments) == 2 and arguments[0] is str and get_origin(annotation) is Mapping:
+                shape = "named"
+            return found, "listed" if get_origin(annotation) is tuple else shape
+    return None, "one"
 
 
 def _meanings(model: "type[BaseModel]") -> dict[str, str]:

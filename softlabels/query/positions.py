@@ -45,7 +45,12 @@ class _Settings(BaseModel):
 
 
 class Weight(_Settings):
-    """What positions that pass `where` weigh in the loss."""
+    """What some positions weigh in the loss; all others weigh 1.
+
+    Attributes:
+        where: comparisons joined by "and", such as "entropy < 0.1".
+        weight: of positions that pass them.
+    """
 
     where: str
     weight: Annotated[FiniteFloat, Field(gt=0, le=LARGEST)]

@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from softlabels.errors import BadInputError, one_line
+from softlabels.fingerprint import sha256_json
 from softlabels.teacher.recorded.entries import (
     BadRecordError,
     Position,
@@ -139,6 +140,7 @@ def open_compression(context: Context) -> Compression:
             f"compression {place!r} is for d {found.d!r} ids, the tokenizer has "
             f"{context.tokenizer.num_ids!r}: give the teacher's tokenizer"
         )
+    context.compression_sha256 = sha256_json(found.model_dump(mode="json"))
     return found
 
 

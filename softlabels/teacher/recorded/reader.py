@@ -27,12 +27,14 @@ class Context:
 
     Attributes:
         chat_template_sha256: of the template that prompts were rendered with, once one was.
+        compression_sha256: of DistillKit's settings, once they were read.
     """
 
     spec: ImportSpec
     files: Files
     tokenizer: Tokenizer
     chat_template_sha256: str | None = None
+    compression_sha256: str | None = None
 
     @cached_property
     def tokens(self) -> TokenMap:

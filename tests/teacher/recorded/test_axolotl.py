@@ -14,6 +14,7 @@ from softlabels.store.inspect import verify
 from softlabels.teacher.recorded.report import import_recorded
 from softlabels.teacher.tokenizer import load_tokenizer
 from tests.teacher.recorded.recordings import (
+    TEMPLATE,
     Teacher,
     imported,
     require_true,
@@ -158,4 +159,16 @@ def test_a_chat_is_aligned_by_its_tokens(teacher: Teacher, tmp_path: Path, besid
             del slipped[name][0]
     write_lines(tmp_path / "records.jsonl", [slipped])
     with pytest.raises(DataError, match="is not among"):
+        import_recorded(spec(teacher, tmp_path, **fields))
+
+
+def test_a_template_that_opens_a_turn_otherwise_than_it_writes_one(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    write_lines(tmp_path / "records.jsonl", [chat(teacher, False)])
+    opened = TEMPLATE.replace("assistant\n", "assistant\n<think>")
+    (tmp_path / "template.jinja").write_text(opened)
+    fields = {"messages": "messages_combined", "logprobs": "lp", "k": K}
+    fields["chat_template"] = str(tmp_path / "template.jinja")
+    with pytest.raises(DataError, match="does not begin where its prompt ends"):
         import_recorded(spec(teacher, tmp_path, **fields))

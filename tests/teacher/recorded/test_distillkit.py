@@ -274,6 +274,17 @@ def test_settings_that_do_not_fit(teacher: Teacher, tmp_path: Path) -> None:
         import_recorded(spec(teacher, tmp_path))
 
 
+def test_other_settings_are_another_run(teacher: Teacher, tmp_path: Path) -> None:
+    write(teacher, tmp_path, EXACT)
+    settings = spec(teacher, tmp_path)
+    first = import_recorded(settings)
+    (tmp_path / "compression_config.yaml").write_text(yaml.safe_dump(EXACT | {"d": 511}))
+    assert import_recorded(settings)["run_id"] != first["run_id"]
+    (tmp_path / "elsewhere.yaml").write_text(yaml.safe_dump(EXACT))
+    moved = spec(teacher, tmp_path, compression=str(tmp_path / "elsewhere.yaml"), on_bad="skip")
+    assert import_recorded(moved)["run_id"] == first["run_id"]
+
+
 def test_a_row_cut_short(teacher: Teacher, tmp_path: Path) -> None:
     rows = write(teacher, tmp_path, EXACT)
     schema = pq.read_schema(tmp_path / "data_0.parquet")

@@ -302,6 +302,31 @@ def test_four_decimals_bound_the_tail(teacher: Teacher, tmp_path: Path) -> None:
     assert verify(table)["problems"] == []
 
 
+def test_two_decimals_may_sum_above_1(teacher: Teacher, tmp_path: Path) -> None:
+    record = answered(teacher, 1)
+    for item in content(record):
+        for entry in (item, *item["top_logprobs"]):
+            entry["logprob"] = round(entry["logprob"], 2)
+    for entry, value in zip(
+        content(record)[6]["top_logprobs"], (0.0, -5.8, -9, -9, -9), strict=True
+    ):
+        entry["logprob"] = value
+    content(record)[6]["logprob"] = 0.0
+    content(record)[6].update(
+        {key: content(record)[6]["top_logprobs"][0][key] for key in ("token", "bytes")}
+    )
+    write_lines(tmp_path / "records.jsonl", [record])
+    report, table, rows, targets = imported(spec_of(teacher, tmp_path))
+    assert report["recorded"]["tail_error"] == pytest.approx(6e-3)
+    # Their mass was 1.0034: within what two decimals can tell, the head is all there is.
+    assert rows[0]["tail_logprob"][6] == -np.inf
+    assert targets.logprobs[6, 0] == pytest.approx(
+        -np.log(np.exp([0, -5.8, -9, -9, -9]).sum()), rel=1e-3
+    )
+    assert rows[0]["label_logprobs"][6] == targets.logprobs[6, 0]
+    assert verify(table)["problems"] == []
+
+
 def test_an_unknown_tail_is_not_stored(teacher: Teacher, tmp_path: Path) -> None:
     write_lines(tmp_path / "records.jsonl", [answered(teacher, 1)])
     _, table, rows, targets = imported(spec_of(teacher, tmp_path, tail="unknown"))

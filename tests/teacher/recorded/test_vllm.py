@@ -127,6 +127,16 @@ def test_a_smaller_k_is_a_prefix_and_keeps_the_tail(teacher: Teacher, tmp_path: 
     require_true(teacher, rows, 2)
 
 
+def test_the_chosen_token_beyond_the_top_is_not_of_it(teacher: Teacher, tmp_path: Path) -> None:
+    write_lines(tmp_path / "records.jsonl", [record(teacher, seed) for seed in range(4)])
+    _, _, rows, targets = imported(spec_of(teacher, tmp_path, layout="vllm", k=K + 1))
+    require_true(teacher, rows, K + 1)
+    ranks = np.concatenate([row["label_ranks"] for row in rows])
+    # An entry beside the top is the next likeliest only where its rank says so.
+    assert ((targets.ids[:, K] >= 0) == (ranks == K)).all()
+    assert (ranks > K).any()
+
+
 def test_without_ranks_the_chosen_token_is_kept_only_where_it_must_be_in_the_top(
     teacher: Teacher, tmp_path: Path
 ) -> None:
