@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import track
 
 from pipelines.smollm2.teacher import NAME, teacher_folder
+from softlabels.teacher.causal import quiet_transformers
 from softlabels.teacher.labeller import Labeller
 from softlabels.teacher.run import Unit, prepare
 from softlabels.teacher.spec import SequenceCaptureSpec
@@ -116,7 +117,8 @@ def bare_work(folder: str) -> Callable[[], Any]:
     run, _ = prepare(spec_of(folder, LENGTH, 0, ROWS * LENGTH))
     rows = pa.Table.from_batches(run.source.batches(0, ROWS, ["input_ids"])).to_pydict()
     tokens = torch.tensor(rows["input_ids"])
-    model: Any = AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=torch.float32)
+    with quiet_transformers():
+        model: Any = AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=torch.float32)
     model.eval()
 
     @torch.inference_mode()

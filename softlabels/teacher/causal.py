@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,8 +183,13 @@ def context_of(config: Any) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def load_language_model(spec: ModelSpec, device: torch.device) -> LanguageModel:
+def load_language_model(spec: ModelSpec, device: torch.device, config: Any = None) -> LanguageModel:
     """The model of a spec, its weights fingerprinted, its way to logits tried out.
+
+    Args:
+        spec: of the model.
+        device: where it is to run.
+        config: `read_config(spec)`, where that was done already.
 
     Raises:
         BadInputError: there is no such model, or it is not of the kind that the spec says.
@@ -192,7 +198,7 @@ def load_language_model(spec: ModelSpec, device: torch.device) -> LanguageModel:
     """
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-    config = read_config(spec)
+    config = config or read_config(spec)
     auto: Any = AutoModelForCausalLM if spec.kind == "causal" else AutoModelForMaskedLM
     with _loading(spec):
         model, loaded = auto.from_pretrained(
@@ -221,8 +227,9 @@ def load_language_model(spec: ModelSpec, device: torch.device) -> LanguageModel:
 
 
 def _config_sha256(config: Any) -> str:
-    # Weights alone do not say what a model computes: scales, caps and rotations stand here.
-    found = config.to_dict()
+    # Weights alone do not say what a model computes: scales, caps and rotations stand here. What
+    # is as transformers' defaults have it is left out, as a later release may know more of it.
+    found = config.to_diff_dict()
     return sha256_json({key: value for key, value in found.items() if key not in _UNSAID})
 
 
@@ -263,7 +270,10 @@ def quiet_transformers() -> Iterator[None]:
 @contextlib.contextmanager
 def _loading(spec: ModelSpec) -> Iterator[None]:
     try:
-        with quiet_transformers():
+        with quiet_transformers(), contextlib.ExitStack() as stack:
+            if spec.model.endswith(".gguf"):
+                # Its progress bar heeds no setting.
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
     except SoftLabelsError:
         raise

@@ -14,8 +14,8 @@ def estimate(spec: CaptureSpec | SequenceCaptureSpec) -> dict[str, Any]:
     of that batch, so they are a little high: longer columns compress better.
 
     Returns:
-        table, run_id, source_rows, repeated, units, units_left, rows_left (at most), rows_per_s,
-        seconds, bytes_per_row, bytes; batch_size, or for a language model batch_tokens,
+        table, run_id, source_rows, repeated, units, units_left, rows_left (at most), batch_size,
+        rows_per_s, seconds, bytes_per_row, bytes; of a language model batch_tokens instead, and
         tokens_per_s, positions_left (by the batch's share), bytes_per_position, skipped.
     """
     run, annotator = prepare(spec)
@@ -28,6 +28,11 @@ def estimate(spec: CaptureSpec | SequenceCaptureSpec) -> dict[str, Any]:
     measured = labeller.rehearse(annotator.one_pass)
     rate = measured.rows / max(measured.seconds, 1e-9)
     bytes_per_row = measured.num_bytes / max(measured.rows, 1)
+    at_once = (
+        {"batch_size": spec.batch_size}
+        if isinstance(spec, CaptureSpec)
+        else {"batch_tokens": spec.batch_tokens}
+    )
     costs = {
         "table": spec.table,
         "run_id": run.id,
@@ -36,15 +41,15 @@ def estimate(spec: CaptureSpec | SequenceCaptureSpec) -> dict[str, Any]:
         "units": len(run.units),
         "units_left": len(left),
         "rows_left": rows,
+        **at_once,
         "rows_per_s": round(rate, 1),
         "seconds": round(rows / rate, 1) if rate else None,
         "bytes_per_row": round(bytes_per_row, 1),
         "bytes": int(bytes_per_row * rows),
     }
     if isinstance(spec, CaptureSpec):
-        return costs | {"batch_size": spec.batch_size}
+        return costs
     return costs | {
-        "batch_tokens": spec.batch_tokens,
         "tokens_per_s": round(measured.weight / max(measured.seconds, 1e-9), 1),
         "positions_left": int(measured.positions / max(measured.rows, 1) * rows),
         "bytes_per_position": round(measured.num_bytes / max(measured.positions, 1), 1),

@@ -17,7 +17,7 @@ BLOCK = 128
 BLOCKED_FROM = 4_096
 """V from which that is quicker: at 49,152 the top 16 take an eighth of the time, the draws less."""
 
-_ELEMENTS = 1 << 20
+_ELEMENTS = 1 << 19
 """Logits worked on at once on a CPU, so that every pass after the first finds them in its cache."""
 
 
@@ -51,6 +51,7 @@ def extract(
     step = max(1, len(logits))
     if logits.device.type == "cpu":
         step = min(step, max(1, _ELEMENTS // logits.shape[1]))
+    room = _Room(logits, step)
     parts = []
     for start in range(0, max(1, len(logits)), step):
         part = slice(start, start + step)
@@ -59,7 +60,12 @@ def extract(
             points = _Points(draw_keys[part], draws, draws_temperature)
         parts.append(
             _extract(
-                logits[part], k, None if labels is None else labels[part], temperatures, points
+                logits[part],
+                k,
+                None if labels is None else labels[part],
+                temperatures,
+                points,
+                room,
             )
         )
     return SoftTargets.concat(parts)
@@ -152,23 +158,25 @@ def _extract(
     labels: Ints | None,
     temperatures: Sequence[float],
     points: _Points | None,
+    room: "_Room",
 ) -> SoftTargets:
-    z = _centred(logits)
+    z, weights, product = room.of(len(logits))
+    _centre(logits, z)
     top, ids = _largest(z, k)
-    weights = z.exp()
+    torch.exp(z, out=weights)
     total = weights.sum(1)
     lse = total.log()
-    entropy = lse - _expected(weights, z) / total
+    entropy = lse - _expected(weights, z, product) / total
     sums = _outside(weights, ids)
     drawn, temper = None, {}
     if points is not None and points.temperature == 1:
         drawn = points.draw(weights, sums)
     for temperature in temperatures:
-        weights_t = (z / temperature).exp_()
-        lse_t = weights_t.sum(1).log()
-        sums_t = _outside(weights_t, ids)
+        torch.div(z, temperature, out=weights).exp_()
+        lse_t = weights.sum(1).log()
+        sums_t = _outside(weights, ids)
         if points is not None and points.temperature == temperature:
-            drawn = points.draw(weights_t, sums_t)
+            drawn = points.draw(weights, sums_t)
         tail_t = sums_t.sum(1).log() - lse_t
         temper[temperature] = Temper(_floats(lse / temperature - lse_t), _floats(tail_t))
     logprobs = top - lse[:, None]
@@ -187,17 +195,26 @@ def _extract(
     )
 
 
-def _centred(logits: Tensor) -> Tensor:
+class _Room:
+    # Memory for some rows, used again for the next ones: fresh pages cost as much as the work. A
+    # large vocabulary is filled up to whole blocks.
+    def __init__(self, logits: Tensor, rows: int) -> None:
+        width = logits.shape[1]
+        if width >= BLOCKED_FROM:
+            width += -width % BLOCK
+        self._rows = torch.empty(3, rows, width, device=logits.device)
+
+    def of(self, rows: int) -> Tensor:
+        """Three tensors [rows, W], whatever is in them."""
+        return self._rows[:, :rows]
+
+
+def _centre(logits: Tensor, z: Tensor) -> None:
     # Log-probabilities keep their digits whatever is added to all logits of a row: the largest
-    # becomes 0. A large vocabulary is filled up to whole blocks with what has no probability.
-    z = logits.float()
-    largest = z.amax(1, keepdim=True)
-    missing = -z.shape[1] % BLOCK if z.shape[1] >= BLOCKED_FROM else 0
-    if not missing:
-        return z - largest
-    filled = z.new_full((len(z), z.shape[1] + missing), -torch.inf)
-    torch.sub(z, largest, out=filled[:, : z.shape[1]])
-    return filled
+    # becomes 0. What fills up the last block has no probability.
+    found = logits.float()
+    torch.sub(found, found.amax(1, keepdim=True), out=z[:, : found.shape[1]])
+    z[:, found.shape[1] :] = -torch.inf
 
 
 def _num_blocks(width: int) -> int:
@@ -223,10 +240,10 @@ def _outside(weights: Tensor, ids: Tensor) -> Tensor:
     return weights.view(len(weights), count, weights.shape[1] // count).sum(2)
 
 
-def _expected(weights: Tensor, z: Tensor) -> Tensor:
-    found = (weights * z).sum(1)
+def _expected(weights: Tensor, z: Tensor, product: Tensor) -> Tensor:
+    found = torch.mul(weights, z, out=product).sum(1)
     if not found.isfinite().all():  # 0 * -inf, where something is impossible
-        found = torch.where(weights > 0, weights * z, torch.zeros((), device=z.device)).sum(1)
+        found = product.masked_fill_(weights == 0, 0.0).sum(1)
     return found
 
 

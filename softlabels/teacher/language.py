@@ -62,7 +62,7 @@ def prepare_sequences(
     tokenizer = tokenizer_of(spec)
     if spec.k > tokenizer.num_ids:
         raise BadInputError(f"k is {spec.k}, the tokenizer knows {tokenizer.num_ids} ids")
-    model = load_language_model(spec.teacher, device)
+    model = load_language_model(spec.teacher, device, config)
     if model.width < tokenizer.num_ids:
         raise MismatchError(
             f"tokenizer {tokenizer.name!r} knows {tokenizer.num_ids} ids, but the head of model "
