@@ -99,7 +99,8 @@ class LanguageModel:
     @torch.inference_mode()
     def _probe(self, spec: ModelSpec) -> int:
         vocabulary = self._model.config.get_text_config().vocab_size
-        steps = torch.arange(2 * _PROBE_TOKENS, device=self.device).reshape(2, -1)
+        length = min(_PROBE_TOKENS, context_of(self._model.config) or _PROBE_TOKENS)
+        steps = torch.arange(2 * length, device=self.device).reshape(2, -1)
         tokens = (vocabulary - 1 - 3 * steps) % vocabulary
         real = torch.ones_like(tokens, dtype=torch.bool)
         own = self._forward(self._model, tokens, real).logits.float()
@@ -223,7 +224,8 @@ def load_language_model(spec: ModelSpec, device: torch.device, config: Any = Non
         arguments={"dtype": spec.dtype, "config_sha256": _config_sha256(config)},
         weights_sha256=weights_sha256(model),
     )
-    return LanguageModel(model, spec, lineage, device)
+    with _loading(spec):  # it is tried out on a few tokens
+        return LanguageModel(model, spec, lineage, device)
 
 
 def _config_sha256(config: Any) -> str:

@@ -62,6 +62,8 @@ def prepare_sequences(
     tokenizer = tokenizer_of(spec)
     if spec.k > tokenizer.num_ids:
         raise BadInputError(f"k is {spec.k}, the tokenizer knows {tokenizer.num_ids} ids")
+    # Text first: what is wrong with it is told before a large model is loaded.
+    source = open_sequences(spec, tokenizer, context, advance)
     model = load_language_model(spec.teacher, device, config)
     if model.width < tokenizer.num_ids:
         raise MismatchError(
@@ -69,7 +71,6 @@ def prepare_sequences(
             f"{spec.teacher.model!r} has {model.width} rows: expected the tokenizer that the "
             "model was trained with"
         )
-    source = open_sequences(spec, tokenizer, context, advance)
     contents = Contents(
         teacher=model.lineage,
         num_classes=tokenizer.num_ids,

@@ -354,7 +354,8 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def _integers(column: pa.Array) -> list[Any]:
-    lists = column.cast(pa.large_list(pa.int64()))
+    # Unchecked: what int64 cannot hold turns negative, and is no token id.
+    lists = column.cast(pa.large_list(pa.int64()), safe=False)
     return [None if not row.is_valid else _int64(row.values) for row in lists]
 
 

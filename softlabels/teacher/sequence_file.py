@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from softlabels.errors import BadInputError, SoftLabelsError
+from softlabels.errors import BadInputError, DataError, SoftLabelsError, one_line
 from softlabels.fingerprint import sha256_stream
 from softlabels.schema import INTS
 from softlabels.storage import Root, open_root, storage_errors
@@ -173,8 +173,19 @@ def _table(group: Sequence[Row], schema: pa.Schema) -> pa.Table:
     for number, field in enumerate(schema):
         if number >= len(columns):
             values = [row.carried[number - len(LISTS) - 1] for row in group]
-            columns.append(pa.array(values, field.type))
+            columns.append(_carried(values, field, group))
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _carried(values: Sequence[Any], field: pa.Field, group: Sequence[Row]) -> pa.Array:
+    try:
+        return pa.array(values, field.type)
+    except (pa.ArrowException, OverflowError, ValueError) as error:
+        ids = f"{group[0].example_id!r} to {group[-1].example_id!r}"
+        raise DataError(
+            f"carry: field {field.name!r} has a value in examples {ids} that {field.type} cannot "
+            f"hold: {one_line(error)[:120]}"
+        ) from error
 
 
 def _lists(values: Sequence[Ids | None]) -> pa.Array:

@@ -16,7 +16,7 @@ from softlabels.teacher.documents import RawFiles, Skipped, open_documents
 from softlabels.teacher.sequence_file import Row, skipped_places
 from softlabels.teacher.source import Source
 from softlabels.teacher.spec import SequenceCaptureSpec, TextSpec
-from softlabels.teacher.tokenised import NOTHING, Tokens, is_masked, renumbered, tokenised
+from softlabels.teacher.tokenised import CUT, NOTHING, Tokens, is_masked, renumbered, tokenised
 from softlabels.teacher.tokenizer import Ids, Tokenizer
 
 __all__ = ["VERSION", "open_sequences", "rows", "skipped_places"]
@@ -76,7 +76,7 @@ def rows(
     if source.packing == "packed":
         sequences = _packed(documents, source.length, source.isolate)
     else:
-        sequences = _parts(documents, source, skipped)
+        sequences = _parts(documents, source, skipped, causal=not is_masked(spec))
     isolated = None
     for tokens in sequences:
         if isolated is None:
@@ -163,7 +163,9 @@ def _joined(parts: Sequence[Tokens], isolate: bool) -> Tokens:
     return Tokens(parts[0].place, ids, np.concatenate([p.chosen for p in parts]), segments)
 
 
-def _parts(documents: Iterator[Tokens], source: TextSpec, skipped: Skipped) -> Iterator[Tokens]:
+def _parts(
+    documents: Iterator[Tokens], source: TextSpec, skipped: Skipped, causal: bool
+) -> Iterator[Tokens]:
     for tokens in documents:
         found, length = len(tokens.ids), source.length
         if found > length and source.too_long == "drop":
@@ -176,11 +178,19 @@ def _parts(documents: Iterator[Tokens], source: TextSpec, skipped: Skipped) -> I
             )
         for number, start in enumerate(range(0, found, length)):
             part = tokens.cut(start, start + length)
+            if number and causal and source.input_ids is not None and _goes_on(tokens, start):
+                # It would be predicted from the part before.
+                skipped.add(CUT, tokens.place, f"token {start}")
             if part.segments is not None:
                 part = replace(part, segments=renumbered(part.segments))
             if number and part.example_id is not None:
                 part = replace(part, example_id=f"{part.example_id}#{number}")
             yield part
+
+
+def _goes_on(tokens: Tokens, at: int) -> bool:
+    same = tokens.segments is None or tokens.segments[at] == tokens.segments[at - 1]
+    return bool(tokens.chosen[at] and same)
 
 
 def _causal(tokens: Tokens) -> Row | None:

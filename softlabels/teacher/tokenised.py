@@ -17,6 +17,7 @@ BATCH_CHARACTERS = 1 << 20
 """Text tokenised at once."""
 
 NOTHING = "nothing to predict"
+CUT = "position before a cut"
 TOO_SHORT = "too short"
 
 
@@ -69,7 +70,16 @@ def tokenised(
             contradict them.
     """
     source = spec.source
+    chosen: bool | None = None
     for documents, read in _batches(raw.documents(skipped)):
+        for document in documents:
+            here = document.position_index is not None
+            chosen = here if chosen is None else chosen
+            if here != chosen:
+                raise DataError(
+                    f"{document.place} has {'a' if here else 'no'} position_index, the rows before "
+                    f"it {'none' if here else 'one'}: give it to all or to none"
+                )
         for tokens in _encoded(spec, tokenizer, documents, skipped):
             if len(tokens.ids) < source.shortest:
                 skipped.add(TOO_SHORT, tokens.place, f"{len(tokens.ids)} tokens")

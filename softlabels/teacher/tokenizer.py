@@ -126,6 +126,12 @@ class Tokenizer:
             if number == 0:
                 raise ChatError("chat that begins with the assistant")
             before = self._render(messages[:number], add_generation_prompt=True)
+            if before == self._render(messages[:number]):
+                raise BadInputError(
+                    "loss_on: assistant: the chat template does not heed add_generation_prompt, so "
+                    f"the assistant's tokens cannot be told from their heading in {place}: give a "
+                    "chat_template that marks them by {% generation %}"
+                )
             after = self._render(messages[: number + 1])
             if not after.startswith(before) or not whole.startswith(after):
                 raise BadInputError(
@@ -288,7 +294,8 @@ def _load(path: str, revision: str) -> Any:
                 options["gguf_file"] = local.name
                 return library.AutoTokenizer.from_pretrained(str(local.parent), **options)
             if path.endswith(".json"):
-                if not (local.parent / "tokenizer_config.json").is_file():
+                beside = (local.parent / "tokenizer_config.json").is_file()
+                if local.name != "tokenizer.json" or not beside:
                     return library.PreTrainedTokenizerFast(tokenizer_file=path)
                 local = local.parent
             if local.is_dir():

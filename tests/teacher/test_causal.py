@@ -226,3 +226,14 @@ def test_loading_writes_nothing_to_the_terminal(
 def test_missing_is_a_bad_input_error() -> None:
     with pytest.raises(BadInputError, match="'/no/such'"):
         load("/no/such")
+
+
+def test_a_context_shorter_than_the_tokens_it_is_tried_out_on(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=4, n_embd=8, n_layer=1, n_head=1, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    assert load(tmp_path).width == VOCABULARY

@@ -201,7 +201,7 @@ def test_given_positions_are_the_rows(make: Maker) -> None:
     records = [
         {"ids": [5, 6, 7, 8], "position_index": [0, 2]},
         {"ids": [5, 6, 7, 8], "position_index": []},
-        {"ids": [5, 6, 7, 8]},
+        {"ids": [5, 6, 7, 8], "position_index": [0, 1, 2]},
     ]
     source = make(records, input_ids="ids", packing="documents")
     rows = read(source)
@@ -212,13 +212,23 @@ def test_given_positions_are_the_rows(make: Maker) -> None:
     assert rows[0]["example_id"] != rows[1]["example_id"]
 
 
+@pytest.mark.parametrize("missing", [{}, {"position_index": None}])
+def test_positions_are_given_to_all_rows_or_to_none(make: Maker, missing: Any) -> None:
+    # A missing mask must not become "learn everything".
+    records = [{"ids": [5, 6, 7, 8], "position_index": [0]}, {"ids": [5, 6, 7, 8]} | missing]
+    with pytest.raises(DataError, match=r"line 2 .* has no position_index.*to all or to none"):
+        make(records, input_ids="ids", packing="documents")
+
+
 def test_given_positions_and_segments_survive_a_split(make: Maker) -> None:
     record = {
         "ids": [10, 11, 12, 13, 14, 15, 16],
         "segment_ids": [0, 0, 1, 1, 1, 2, 2],
         "position_index": [0, 2, 3, 5],
     }
-    rows = read(make([record], input_ids="ids", packing="documents", length=3))
+    source = make([record], input_ids="ids", packing="documents", length=3)
+    assert source.skipped == {"position before a cut": 2, "nothing to predict": 1}
+    rows = read(source)
     # Token 13 begins a sequence: nothing before it is there to predict it. The last one is alone.
     assert [row["position_index"] for row in rows] == [[0], [0]]
     assert [row["segment_ids"] for row in rows] == [[0, 0, 1], [0, 0, 1]]
@@ -572,3 +582,10 @@ def test_notes_are_json_in_the_files_metadata(make: Maker, cache: Path) -> None:
     (path,) = cache.iterdir()
     notes = json.loads(pq.read_metadata(path).metadata[b"softlabels.skipped"])
     assert notes == {"empty document": [1, ["line 5 of 'in.jsonl'"]]}
+
+
+@pytest.mark.parametrize("value", [2**70, "\ud800", [2**70]])
+def test_carried_values_that_no_column_holds(make: Maker, value: Any) -> None:
+    records = [{"text": "The cat sat.", "x": value}]
+    with pytest.raises(DataError, match=r"carry: field 'x' has a value in examples .* cannot hold"):
+        make(records, packing="documents", carry=["x"])

@@ -418,3 +418,20 @@ def test_a_spec_says_which_tokenizer_and_template(folder: Path, tmp_path: Path) 
     mine.write_text(MARKED)
     spec = text_spec(tmp_path, folder, files="x.jsonl", messages="m", chat_template=str(mine))
     assert tokenizer_of(spec).chat_template == MARKED
+
+
+def test_the_file_that_is_named_is_read(tmp_path: Path) -> None:
+    folder = tiny_tokenizer(tmp_path / "one")
+    other = tiny_tokenizer(tmp_path / "two", vocabulary=290)
+    (folder / "other.json").write_bytes((other / "tokenizer.json").read_bytes())
+    assert load_tokenizer(str(folder / "other.json")).num_ids == 290
+    assert load_tokenizer(str(folder / "tokenizer.json")).num_ids > 290
+
+
+def test_a_template_that_opens_no_turn_cannot_tell_the_heading_from_the_answer(
+    tmp_path: Path,
+) -> None:
+    template = CHATML[: CHATML.index("{% if add_generation_prompt %}")]
+    tokenizer = with_chat_template(load_tokenizer(str(tiny_tokenizer(tmp_path, template))))
+    with pytest.raises(BadInputError, match=r"does not heed add_generation_prompt.*generation"):
+        tokenizer.encode_chat(CHAT, True, "line 1")

@@ -162,6 +162,15 @@ def read(
         )
     if "token_ids" in record and "top_values" in record:
         ids, values = _matrix(record["token_ids"]), _matrix(record["top_values"])
+        if (
+            ids.dtype.kind not in "iu"
+            or (ids < 0).any()
+            or (ids >= context.tokenizer.num_ids).any()
+        ):
+            raise BadRecordError(
+                "record whose token_ids holds no token id",
+                f"expected 0 to {context.tokenizer.num_ids - 1}, found {ids.min()} to {ids.max()}",
+            )
         found = Decoded(values.astype(np.float64), np.zeros(len(values)))
     elif compression is not None and "compressed_logprobs" in record:
         packed = _matrix(record.get("bytepacked_indices")).astype(np.uint8)
@@ -176,7 +185,8 @@ def read(
             "one position fewer than tokens",
         )
     recording = Recording(context.name(record), tokens)
-    ending = context.tokenizer.model.pad_token_id or context.tokenizer.end_id
+    padding = context.tokenizer.model.pad_token_id
+    ending = context.tokenizer.end_id if padding is None else padding
     for index in range(len(ids)):
         chosen = tokens[index + 1]
         pairs = zip(ids[index].tolist(), found.logprobs[index].tolist(), strict=True)

@@ -81,7 +81,10 @@ def number(value: Any, what: str) -> float:
     """`value` as a float; BadRecordError when it is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRecordError(f"record whose {what} is no number", f"found {value!r:.80}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:  # an integer of hundreds of digits
+        raise BadRecordError(f"record whose {what} is no number", "too large") from error
 
 
 def token_id(value: Any, what: str) -> int:

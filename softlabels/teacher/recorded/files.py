@@ -1,5 +1,6 @@
 """Records of JSON lines and Parquet files, one after the other; broken ones say where."""
 
+import hashlib
 import json
 import posixpath
 from collections.abc import Iterator, Mapping
@@ -10,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softlabels.errors import BadInputError, DataError, StorageError, one_line
-from softlabels.fingerprint import sha256_json, sha256_stream
+from softlabels.fingerprint import sha256_bytes, sha256_json, sha256_stream
 from softlabels.storage import Root, find_files
+from softlabels.teacher.records import require_same
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 READ_ROWS = 64
@@ -53,9 +55,14 @@ class Files:
         return sha256_json(list(self.sha256s))
 
     def records(self) -> Iterator[Record]:
-        """All records, in order; empty lines are none."""
-        for path in self.paths:
-            yield from _rows(self.root, path) if _is_parquet(path) else _lines(self.root, path)
+        """All records, in order; empty lines are none.
+
+        Raises:
+            DataError: a file is not what it was when it was opened, or is no whole Parquet file.
+        """
+        for path, sha256 in zip(self.paths, self.sha256s, strict=True):
+            read = _rows if _is_parquet(path) else _lines
+            yield from read(self.root, path, sha256)
 
 
 def open_files(pattern: str, layout: str) -> Files:
@@ -83,9 +90,11 @@ def _is_parquet(path: str) -> bool:
     return posixpath.splitext(path)[1].lower() == ".parquet"
 
 
-def _lines(root: Root, path: str) -> Iterator[Record]:
+def _lines(root: Root, path: str, sha256: str) -> Iterator[Record]:
+    digest = hashlib.sha256()
     with root.open(path) as stream:
         for count, line in enumerate(stream, 1):
+            digest.update(line)
             if not line.strip():
                 continue
             place = f"line {count} of {path!r}"
@@ -100,11 +109,14 @@ def _lines(root: Root, path: str) -> Iterator[Record]:
                 yield Record(place, value)
             else:
                 yield Record(place, {}, ("line that is no JSON object", f"found {value!r:.80}"))
+    require_same(path, digest.hexdigest(), sha256)
 
 
-def _rows(root: Root, path: str) -> Iterator[Record]:
+def _rows(root: Root, path: str, sha256: str) -> Iterator[Record]:
     try:
-        parquet = pq.ParquetFile(pa.BufferReader(root.buffer(path)))
+        data = root.buffer(path)
+        require_same(path, sha256_bytes(memoryview(data)), sha256)
+        parquet = pq.ParquetFile(pa.BufferReader(data))
         row = 0
         for batch in parquet.iter_batches(READ_ROWS):
             for place in range(batch.num_rows):

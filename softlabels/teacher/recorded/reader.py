@@ -54,7 +54,7 @@ class Context:
             raise BadRecordError(
                 "record without an example id", f"{self.spec.example_id!r} is {value!r:.80}"
             )
-        return str(value)
+        return _whole(str(value))
 
     def render(self, messages: Any, opening: bool) -> str:
         """A chat as text; `opening`: with the beginning of the assistant's turn."""
@@ -77,6 +77,7 @@ class Context:
     def encode(self, text: str, special: bool) -> list[int]:
         """Token ids; `special`: with those that the tokenizer adds by itself."""
         backend = self.tokenizer.model.backend_tokenizer
+        _whole(text)
         return list(backend.encode(text, add_special_tokens=special).ids)
 
     def prompt(self, request: Mapping[str, Any], answer: Mapping[str, Any]) -> list[int]:
@@ -121,3 +122,12 @@ class Context:
                         f"record of processed values at another {name}",
                         f"expected {name} {wanted!r}, found {value!r}",
                     )
+
+
+def _whole(text: str) -> str:
+    """`text`, unless it holds half characters, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecordError("record whose text is not UTF-8", one_line(error)) from error
+    return text

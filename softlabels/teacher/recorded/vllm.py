@@ -1,5 +1,6 @@
 """vLLM's own records: `prompt_logprobs`, dicts or flat lists, of its server or RequestOutput."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from softlabels.teacher.recorded.entries import (
     top_by_rank,
 )
 from softlabels.teacher.recorded.reader import Context
+
+_ID = re.compile("[0-9]{1,10}")
 
 Entries = dict[int, tuple[float, int | None]]
 """(logprob, rank from 1) by token id."""
@@ -41,6 +44,11 @@ def read(record: Mapping[str, Any], context: Context) -> list[Recording]:
             "record whose first token has logprobs", "vLLM gives none: they may be one token off"
         )
     output = answer.get("outputs")
+    if isinstance(output, list) and len(output) > 1:
+        raise BadRecordError(
+            "record of several outputs",
+            f"found {len(output)}, of which only one could be kept: write a record for each",
+        )
     if isinstance(output, list) and output and isinstance(output[0], Mapping):
         generated = token_ids(output[0].get("token_ids") or [], "outputs[0].token_ids")
         after = _positions(output[0].get("logprobs") or [])
@@ -86,7 +94,7 @@ def _positions(value: Any) -> list[Entries]:
             raise BadRecordError("record whose logprobs are no dicts", f"found {entries!r:.80}")
         items = {}
         for key, entry in entries.items():
-            if not key.isdecimal() or not isinstance(entry, Mapping):
+            if not _ID.fullmatch(key) or not isinstance(entry, Mapping):
                 raise BadRecordError(
                     "record whose logprobs are no dicts", f"{key!r}: {entry!r:.80}"
                 )
@@ -116,7 +124,8 @@ def _flat(value: Mapping[str, Any]) -> list[Entries]:
 
 
 def _entry(logprob: Any, rank: Any) -> tuple[float, int | None]:
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    if rank is not None and not (whole and 1 <= rank < 1 << 31):
         raise BadRecordError("record whose ranks are not 1 to n", f"found {rank!r:.80}")
     return number(logprob, "logprob"), rank
 

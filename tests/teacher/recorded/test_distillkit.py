@@ -301,3 +301,14 @@ def test_a_row_cut_short(teacher: Teacher, tmp_path: Path) -> None:
     (tmp_path / "data_0.parquet").write_bytes(data[:-200])
     with pytest.raises(DataError, match=r"'data_0.parquet' is no whole Parquet file"):
         import_recorded(spec(teacher, tmp_path))
+
+
+def test_ids_that_are_none_are_a_bad_record(teacher: Teacher, tmp_path: Path) -> None:
+    tokens = teacher.write(30, 2)
+    ids, logprobs = tops(teacher, tokens, K)
+    good = {"input_ids": tokens, "token_ids": ids.tolist(), "top_values": logprobs.tolist()}
+    ids[0, 1] = -1
+    bad = good | {"token_ids": ids.tolist()}
+    pq.write_table(pa.Table.from_pylist([good, bad]), tmp_path / "x.parquet")
+    report = imported(spec(teacher, tmp_path, on_bad="skip"))[0]
+    assert report["skipped"] == {"record whose token_ids holds no token id": 1}
