@@ -14,26 +14,30 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipelines.smollm2 import students
 from pipelines.smollm2.arms import CURVE, MAIN, Arm
 from pipelines.smollm2.evaluate import parts_of_labels
 from pipelines.smollm2.exact import measure
 from pipelines.smollm2.labels import Labels
-from pipelines.smollm2.runs import Run
+from pipelines.smollm2.runs import WINDOW, Run
 from pipelines.smollm2.summary import summarise, write_table
 from pipelines.smollm2.teacher import FOLDER, teacher_folder
 from pipelines.smollm2.text import pieces
 from softlabels.errors import MismatchError
+from softlabels.fingerprint import sha256_bytes
 from softlabels.specs import load_spec
+from softlabels.storage import open_root
 from softlabels.teacher.causal import quiet_transformers
 
 HERE = Path("pipelines/smollm2")
 TELL_SECONDS = 60.0
+LABELS_VERSION = 1
+"""Of how labels are made and kept: another does not go on with what this one left."""
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -74,6 +78,16 @@ class Settings(BaseModel):
     rate_heldout_rows: Count
     threads: Count
 
+    @model_validator(mode="after")
+    def _whole_batches(self) -> Self:
+        # Otherwise the last rows of a window would never come.
+        for name, rows in (("rows", self.rows), ("rate_rows", self.rate_rows)):
+            if rows % self.batch_rows or WINDOW % self.batch_rows:
+                raise ValueError(
+                    f"batch_rows {self.batch_rows} does not divide {name} {rows} and {WINDOW}"
+                )
+        return self
+
 
 def main(changes: Sequence[str] = ()) -> None:
     """Trains and measures everything that is not there yet, and writes README's table."""
@@ -95,6 +109,7 @@ def _run(settings: Settings) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     _same_settings(settings)
     training, heldout = open_labels(settings)
+    _same_contents(settings, training, heldout)
     progress = Progress()
     rate = choose_rate(settings, training, heldout, progress)
     for arms, seeds in plan(settings):
@@ -164,7 +179,7 @@ def choose_rate(
         _, found = measure(parts_of_labels(models, heldout, settings.rate_heldout_rows))
         tried.append({"rate": rate, "rows": settings.rate_rows} | found)
         print(json.dumps(tried[-1]), flush=True)
-        path.write_text(json.dumps(tried, indent=2))
+        open_root(settings.out).write(path.name, json.dumps(tried, indent=2).encode())
     best = min(tried, key=lambda one: one["hard"]["nll"] + one["live"]["kl"])
     return float(best["rate"])
 
@@ -236,6 +251,22 @@ class Progress:
                 f"{self._left} steps and {left:,.0f} s left",
                 flush=True,
             )
+
+
+def _same_contents(settings: Settings, *labels: Labels) -> None:
+    """Raises unless what the teacher said in this folder is of this text and this teacher."""
+    path = settings.out / "contents.json"
+    now = {
+        "labels": LABELS_VERSION,
+        "tokens": [sha256_bytes(one.rows.numpy().tobytes()) for one in labels],
+        "head": sha256_bytes(labels[0].head.numpy().tobytes()),
+    }
+    if path.exists() and (before := json.loads(path.read_text())) != now:
+        raise MismatchError(
+            f"{settings.out}: its labels are of {before!r}, this run's would be of {now!r}: give "
+            "another out=FOLDER or remove this one"
+        )
+    open_root(settings.out).write(path.name, json.dumps(now, indent=2).encode())
 
 
 def _same_settings(settings: Settings) -> None:

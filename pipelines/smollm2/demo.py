@@ -33,6 +33,7 @@ from softlabels.cli.output import print_table
 from softlabels.errors import SoftLabelsError
 from softlabels.fingerprint import sha256_json
 from softlabels.plan import Plan
+from softlabels.storage import open_root
 from softlabels.store.inspect import column_bytes, describe
 from softlabels.store.table import Table
 from softlabels.student.metrics import read_metrics
@@ -209,7 +210,8 @@ def measure_exactly(demo: Demo, path: Path) -> tuple[Figures, dict[str, Figures]
     teacher = build_language_model(LanguageModelSpec(checkpoint=str(demo.teacher)), "causal_lm")
     students = {name: load_student(folder, num_classes) for name, folder in folders.items()}
     measured = measure(parts_of_plan(plan, teacher, students, num_classes))
-    kept.write_text(json.dumps({"key": key, "teacher": measured[0], "students": measured[1]}))
+    record = {"key": key, "teacher": measured[0], "students": measured[1]}
+    open_root(demo.out).write(kept.name, json.dumps(record).encode())
     return measured
 
 

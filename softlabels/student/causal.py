@@ -13,8 +13,9 @@ The first two never hold logits of a whole batch. W may exceed the vocabulary's 
 `SequenceInputs` says what the arguments are; `position_ids` are always given, except to models of
 `transformers` where each row is one document: some number their tokens in a way of their own.
 
-Before the first step, a student is looked at from outside: one that sees later tokens ("next"),
-other documents of the row, or pads is refused, since its targets were made without.
+Before the first step, and now and then after it, a student is looked at from outside: one that
+sees later tokens ("next"), other documents of the row, or pads is refused, since its targets were
+made without.
 """
 
 import inspect
@@ -128,12 +129,17 @@ class LanguageModel:
         self._num_classes, self._alignment, self._fused = num_classes, alignment, fused
         self._call: Callable[[SequenceInputs], Outputs] | None = None
         self._looked: set[str] = set()
+        self._calls = 0
 
     def __call__(self, batch: Batch) -> Outputs:
         """What the student says at the batch's positions."""
         inputs = padded(batch, self._num_classes, self._alignment, self._device)
         if self._call is None:
             self._call = self._chosen(inputs)
+        self._calls += 1
+        if self._calls & (self._calls - 1) == 0:
+            # Again at calls 2, 4, 8, …: a way that begins with weights of zero shows only later.
+            self._looked.clear()
         for name, part, changed, kept in _looks(inputs, self._alignment):
             if name not in self._looked:
                 self._look(name, part, changed, kept)
@@ -204,7 +210,8 @@ class LanguageModel:
         """Raises when changing the tokens `changed` of a row changes what is said at `kept`."""
         assert self._call is not None
         other = (one.input_ids + 1) % self._num_classes
-        every = one._replace(at=torch.arange(one.input_ids.shape[1], device=one.input_ids.device))
+        every = one._replace(at=torch.arange(one.input_ids.numel(), device=one.input_ids.device))
+        kept = kept.repeat(len(one.input_ids))
         with evaluating(self._model):
             said = self._call(every).values
             again = self._call(
@@ -258,7 +265,8 @@ def _looks(
 
 
 def _row(inputs: SequenceInputs, row: int) -> SequenceInputs:
-    here = slice(row, row + 1)
+    # Twice, where batches have several rows: some attention keeps documents apart only in one.
+    here = [row] * min(2, len(inputs.input_ids))
     positions, mask = (
         None if value is None else value[here]
         for value in (inputs.position_ids, inputs.attention_mask)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from softlabels.errors import BadInputError
+from softlabels.errors import BadInputError, MismatchError
 from softlabels.plan import Plan, entries_table
 from softlabels.student.batch import (
     Decode,
@@ -205,7 +205,7 @@ def evaluate_teacher(
             targets = targets_at(soft)
             head = rescale_head(targets.logprobs, targets.tail_logprob)
             values["confidence"] = head[:, 0].double().exp().numpy()
-            values["right"] = soft.ids[:, 0] == labels
+            values["right"] = np.where(np.isnan(soft.tail), np.nan, soft.ids[:, 0] == labels)
         found.add(**values)
     return found.evaluation(sequences)
 
@@ -248,36 +248,42 @@ class _Collected:
     def __init__(self) -> None:
         self.rows = self._positions = self._labelled = 0
         self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
         self._bins = np.zeros((3, BINS))
         self._binned = False
 
     def add(self, labelled: npt.NDArray[np.bool_], **values: npt.NDArray[Any]) -> None:
-        """Adds N positions; nll and right count at labelled ones only."""
+        """Adds N positions; nll and right count at labelled ones only, NaN nowhere."""
         self._positions += len(labelled)
         self._labelled += int(labelled.sum())
         for name, value in values.items():
             counted = value[labelled] if name in ("nll", "right", "confidence") else value
+            counted = counted[~np.isnan(counted)] if counted.dtype.kind == "f" else counted
             self._sums[name] = self._sums.get(name, 0.0) + float(counted.sum(dtype=np.float64))
+            self._counts[name] = self._counts.get(name, 0) + len(counted)
         if "right" in values:
-            self._bins += _binned(values["confidence"][labelled], values["right"][labelled])
+            judged = labelled & ~np.isnan(values["confidence"])
+            self._bins += _binned(values["confidence"][judged], values["right"][judged])
             self._binned = True
 
     def evaluation(self, sequences: bool) -> Evaluation:
-        def mean(name: str, count: int) -> float | None:
-            return self._sums[name] / count if count and name in self._sums else None
+        def mean(name: str) -> float | None:
+            # What some tables do not say, such as tails, does not count for them.
+            count = self._counts.get(name, 0)
+            return self._sums[name] / count if count else None
 
         ece, bins = _calibration(self._bins)
-        nll = mean("nll", self._labelled)
-        judged = self._binned and self._labelled > 0
+        nll = mean("nll")
+        judged = self._binned and self._bins[0].sum() > 0
         return Evaluation(
             rows=self.rows,
             labelled=self._labelled,
-            accuracy=mean("right", self._labelled),
+            accuracy=mean("right"),
             nll=nll,
             ece=ece if judged else None,
-            agreement=mean("agreement", self._positions),
-            kl_to_teacher=mean("kl", self._positions),
-            acceptance=mean("acceptance", self._positions),
+            agreement=mean("agreement"),
+            kl_to_teacher=mean("kl"),
+            acceptance=mean("acceptance"),
             perplexity=_exp(nll) if sequences and nll is not None else None,
             positions=self._positions if sequences else None,
             bins=bins if judged else (),
@@ -307,6 +313,10 @@ def _figures(
     soft = batch.targets.map_positions(here, one_each)
     found = _labelled(logits, soft.label_ids)
     if soft.tail is not None:
+        known = ~np.isnan(soft.tail)
+        if not known.all():
+            soft = soft.map_positions(known, one_each[known])
+            logits = logits[torch.from_numpy(known).to(logits.device)]
         found |= _compare(logits, targets_at(soft, device=device))
     return found
 
@@ -314,7 +324,20 @@ def _figures(
 def _each_row_once(
     plan: Plan, batch_size: int, columns: Sequence[str], roots: Mapping[str, str] | None
 ) -> Iterator[Batch]:
-    """Batches of the plan in its order; a row that several entries take comes once."""
+    """Batches of the plan in its order; a row that several entries take comes once.
+
+    Raises:
+        MismatchError: one table version is there under several position rules, so that its rows
+            would be counted by how many of them keep a position.
+    """
+    digests: dict[str, str] = {}
+    for name, table in plan.tables.items():
+        other = digests.setdefault(table.snapshot_digest, name)
+        if other != name:
+            raise MismatchError(
+                f"{other!r} and {name!r} are one table version under different position rules "
+                f"({plan.tables[other].positions} and {table.positions}): evaluate on a plan of one"
+            )
     once = dataclasses.replace(plan, entries=entries_table(_distinct(plan)))
     stream = Stream(
         once, batch_size=batch_size, epochs=1, shuffle=False, columns=tuple(columns), roots=roots

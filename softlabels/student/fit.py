@@ -112,9 +112,18 @@ def _require_template(path: str, plan: Plan, where: str) -> None:
 
 
 def tokenizer_of(spec: RunSpec) -> str | None:
-    """The student's tokenizer: the spec's, or the one in its checkpoint; None: not known."""
+    """The student's tokenizer: the spec's, or the one in its checkpoint; None: it is a new one.
+
+    Raises:
+        BadInputError: a checkpoint brings none that can be compared.
+    """
     if spec.tokenizer is not None:
         return spec.tokenizer
     asked = spec.student.language_model if spec.student is not None else None
     folder = asked.checkpoint if asked is not None else None
-    return folder if folder is not None and (Path(folder) / NAME).is_file() else None
+    if folder is None or (Path(folder) / NAME).is_file():
+        return folder
+    raise BadInputError(
+        f"tokenizer: expected one to compare with the plan's, checkpoint {folder!r} has no {NAME} "
+        "on this machine: add tokenizer, a tokenizer.json or a folder with one"
+    )

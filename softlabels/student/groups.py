@@ -53,8 +53,9 @@ class Groups:
         for entry in self._entries_of(group):
             rows = self._rows(entry)
             if rows is not None and len(rows) and not 0 <= rows.min() <= rows.max() < size:
+                wrong = rows.min() if rows.min() < 0 else rows.max()
                 raise IntegrityError(
-                    f"entry {entry} of the plan takes row {int(rows.max())} of a row group of "
+                    f"entry {entry} of the plan takes row {int(wrong)} of a row group of "
                     f"{size} rows"
                 )
             found = size if rows is None else len(rows)

@@ -147,8 +147,8 @@ def _trained(build: Any, checkpoint: str, dtype: torch.dtype, where: str) -> Any
         use_safetensors=True,
         output_loading_info=True,
     )
-    # transformers fills these with random numbers, and only warns.
-    for what in ("missing_keys", "mismatched_keys"):
+    # transformers fills these with random numbers, or leaves them out, and only warns.
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if names := sorted(map(str, found.get(what) or ())):
             raise MismatchError(
                 f"{where}.checkpoint {checkpoint!r} does not fit {type(model).__name__}: "

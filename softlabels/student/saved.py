@@ -21,6 +21,7 @@ from softlabels.student.fit import require_student, require_tokens
 from softlabels.student.pretrained import CONFIG
 from softlabels.student.run import RESULT, build_student, load_decode, pick_device
 from softlabels.student.spec import LanguageModelSpec, RunSpec
+from softlabels.student.tokens import NAME
 
 
 def read_result(out: Path) -> dict[str, Any] | None:
@@ -104,8 +105,10 @@ def evaluate_saved(spec: RunSpec, plan: Plan, weights: str | None = None) -> Eva
         MismatchError: weights, student and the plan's label space do not fit each other.
     """
     space = label_space(plan, "the evaluation plan")
-    require_student(spec, space)
     record = read_result(Path(spec.out))
+    if record is not None and record["spec"]["student"] == spec.model_dump(mode="json")["student"]:
+        spec = _from_its_folder(spec)
+    require_student(spec, space)
     if record is not None:
         trained = Contents.model_validate(record["tables"][0]["contents"])
         LabelSpace.of(trained).require(space, "the student", "the evaluation plan")
@@ -114,7 +117,7 @@ def evaluate_saved(spec: RunSpec, plan: Plan, weights: str | None = None) -> Eva
     tensors = checkpoint.read_weights(path)
     decode = load_decode(spec) if space.alignment is None else None
     device = pick_device(spec.device)
-    model = build_student(_from_its_folder(spec), space.num_classes)
+    model = build_student(spec, space.num_classes)
     checkpoint.load_weights(model, tensors, repr(path))
     return evaluate(
         model.to(device),
@@ -129,14 +132,15 @@ def evaluate_saved(spec: RunSpec, plan: Plan, weights: str | None = None) -> Eva
 
 
 def _from_its_folder(spec: RunSpec) -> RunSpec:
-    """The spec with the config that its finished student left, for its origin may be gone."""
+    """The spec with what its finished student left, for its origin may be gone."""
     asked = spec.student.language_model if spec.student is not None else None
     if spec.student is None or asked is None or not (Path(spec.out) / CONFIG).is_file():
         return spec
     kept = LanguageModelSpec(config=spec.out, dtype=asked.dtype)
     kind = "causal_lm" if spec.student.causal_lm else "masked_lm"
     student = spec.student.model_copy(update={kind: kept, "weights": None})
-    return spec.model_copy(update={"student": student})
+    left = spec.out if (Path(spec.out) / NAME).is_file() else None
+    return spec.model_copy(update={"student": student, "tokenizer": spec.tokenizer or left})
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from softlabels.fingerprint import sha256_json
+from softlabels.fingerprint import sha256_json, sha256_lines, sha256_stream
 from softlabels.specs import load_spec
+from softlabels.storage import storage_errors
 from softlabels.student.temper import Divergence, TailMode
 
 Positive = Annotated[int, Field(ge=1)]
@@ -107,7 +110,7 @@ class LossSpec(_Settings):
         divergence: "reverse" takes KL(student‖teacher) instead, which needs tail "bucket".
         normalization: language models: "token": the sum over positions of weight times loss is
             divided by the sum of weights of the whole step; "sequence": the positions of a row
-            share the row's weight first. Neither depends on micro-batches or ranks.
+            share the row's weight first. Neither depends on micro-batches.
         fused: language models: "auto" makes logits inside the loss wherever the student's are a
             linear function of its hidden states; "always" refuses others.
     """
@@ -250,7 +253,8 @@ class RunSpec(_Settings):
         A run continues only a run of the same identity. Places, device, threads, how the work is
         cut up and how often it saves, logs or evaluates are left out: a run may move and be
         watched more closely. The plan counts by its fingerprint, not by its path; a tokenizer or
-        template only has to fit it. Steps count, for the schedule ends there.
+        template only has to fit it. Steps count, for the schedule ends there. Files that the
+        student starts from count by their content, where they are on this machine.
         """
         places = {"plan", "roots", "out", "device", "threads", "micro_batch_size"}
         checks = {"tokenizer", "chat_template"}
@@ -260,6 +264,8 @@ class RunSpec(_Settings):
         for kind in ("causal_lm", "masked_lm"):
             if found["student"] and found["student"][kind]:
                 found["student"][kind].pop("gradient_checkpointing")
+        if found["student"]:
+            _by_content(found["student"])
         # Settings that came after the first release count where they say something.
         for part, names in _LATER.items():
             for name, default in names.items():
@@ -272,6 +278,38 @@ class RunSpec(_Settings):
         return sha256_json(self.identity())
 
 
+def _by_content(student: dict[str, Any]) -> None:
+    """Replaces the paths of what a student starts from by the sha256 of what is there."""
+    for holder, name in (
+        (student, "weights"),
+        *((student[kind], key) for kind in _KINDS if student[kind] for key in _STARTS),
+    ):
+        if isinstance(path := holder[name], str) and (files := _files_of(Path(path), name)):
+            holder[name] = "sha256:" + sha256_lines(f"{f.name} {_sha256_of(f)}" for f in files)
+
+
+def _files_of(path: Path, part: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    names = ["config.json"]
+    if part != "config":
+        names += ["*.safetensors", "*.safetensors.index.json"]
+    return sorted(file for name in names for file in path.glob(name))
+
+
+def _sha256_of(file: Path) -> str:
+    state = file.stat()
+    return _sha256(file, state.st_mtime_ns, state.st_size)
+
+
+@cache
+def _sha256(file: Path, changed: int, size: int) -> str:
+    with storage_errors("read", str(file)), open(file, "rb") as stream:
+        return sha256_stream(stream)
+
+
+_KINDS = ("causal_lm", "masked_lm")
+_STARTS = ("config", "checkpoint")
 _LATER: dict[str, dict[str, Any]] = {
     "loss": {"divergence": "forward", "normalization": "token"},
     "student": {"causal_lm": None, "masked_lm": None},

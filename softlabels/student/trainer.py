@@ -20,14 +20,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from softlabels.errors import DataError, SoftLabelsError, TryAgainError
+from softlabels.errors import BadInputError, DataError, SoftLabelsError, TryAgainError
 from softlabels.signals import stop_on_signal
 from softlabels.storage import storage_errors
 from softlabels.student import checkpoint
 from softlabels.student.batch import Decode, labels_and_weights, targets_at
 from softlabels.student.fit import require_fit
 from softlabels.student.losses import DistillationLoss
-from softlabels.student.ranks import sum_over_ranks
 from softlabels.student.run import CHECKPOINTS, Run
 from softlabels.student.saved import read_result, require_same, restore_student
 from softlabels.student.sequences import loss_weights, num_tokens, row_slices
@@ -91,14 +90,15 @@ def train(
         report: called after each step.
 
     Raises:
-        BadInputError: neither spec nor call gives a student or a decode function, or a file that
-            the spec names is not there.
+        BadInputError: neither spec nor call gives a student or a decode function, a file that
+            the spec names is not there, or this is one process of several.
         MismatchError: plan, student, loss or the run in `out` do not fit each other.
         IntegrityError: the newest checkpoint is damaged.
         DataError: the loss is not finite.
         StorageError: `out` cannot be written.
         TryAgainError: stopped by SIGTERM or SIGINT, or another process trains into `out`.
     """
+    _require_alone()
     out = Path(spec.out)
     with storage_errors("make", spec.out):
         (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
@@ -118,6 +118,16 @@ def train(
         _fit(run, stopped, report)
         student, record = run.finish()
         return Trained(student, record, already=False)
+
+
+def _require_alone() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        if ranks > 1:
+            raise BadInputError(
+                f"train: expected one process, found a process group of {ranks}: train in one, or "
+                "write the loop yourself with Stream(rank=…), ranks.sum_over_ranks and the losses"
+            )
 
 
 def learning_rate(spec: OptimizerSpec, step: int, total: int) -> float:
@@ -165,7 +175,7 @@ def _learn(run: Run, batch: Batch) -> DistillationLoss:
     normalizer, weights = batch.global_weight, None
     if run.space.alignment is not None:
         weights = loss_weights(batch, run.spec.loss.normalization)
-        normalizer = sum_over_ranks(float(weights.sum(dtype=np.float64)), run.device)
+        normalizer = float(weights.sum(dtype=np.float64))
     parts = []
     for piece, positions in row_slices(batch, run.spec.micro_batch_size):
         mine = None if weights is None else weights[positions]
@@ -188,7 +198,8 @@ def _forward(run: Run, batch: Batch, weights: Floats | None, normalizer: float) 
     # Hard labels alone need no tail mode, and so no draws.
     tail = loss.tail if loss.kd_weight else "bucket"
     targets = None  # those of unknown tails serve hard labels only
-    if loss.kd_weight or batch.targets.tail is not None:
+    tails = batch.targets.tail
+    if loss.kd_weight or (tails is not None and not np.isnan(tails).any()):
         targets = targets_at(batch.targets, loss.temperature, run.device, tail == "sampled")
     labels, own = labels_and_weights(batch, run.device, weights)
     with _users_code(run, batch):

@@ -300,7 +300,7 @@ def test_logits_of_the_wrong_shape_are_refused(batches: dict[str, Batch]) -> Non
         def forward(self, input_ids: Tensor) -> Tensor:
             return super().forward(input_ids).flatten(0, 1)
 
-    with pytest.raises(MismatchError, match=r"logits of shape \(12, 30\).*\(1, 12\)"):
+    with pytest.raises(MismatchError, match=r"logits of shape \(24, 30\).*\(2, 12\)"):
         LanguageModel(Flat(), CLASSES, "next")(batches["plain"])
 
 
@@ -361,3 +361,58 @@ def test_checkpoints_that_lack_weights_or_are_pickles_are_refused(tmp_path: Path
     torch.save(model.state_dict(), tmp_path / "one/pytorch_model.bin")
     with pytest.raises(BadInputError, match="cannot build"):
         build_language_model(spec, "causal_lm")
+
+
+class Ahead(nn.Module):
+    """Sees the next token, by a way whose weights begin at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(CLASSES, 8), nn.Linear(8, CLASSES)
+        self.way = nn.Linear(8, 8, bias=False)
+        nn.init.zeros_(self.way.weight)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        found: Tensor = self.head(x + self.way(torch.cat([x[:, 1:], x[:, -1:]], 1)))
+        return found
+
+
+def test_a_way_to_later_tokens_that_opens_in_training_is_found(batches: dict[str, Batch]) -> None:
+    model = Ahead()
+    call = LanguageModel(model, CLASSES, "next")
+    call(batches["plain"])
+    nn.init.normal_(model.way.weight)
+    with pytest.raises(MismatchError, match="sees later tokens"):
+        call(batches["plain"])
+
+
+class ApartWhenAlone(nn.Module):
+    """Keeps documents apart in batches of one row only, as some attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(CLASSES, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        rows, length = input_ids.shape
+        seen = torch.ones(length, length).tril().expand(rows, -1, -1)
+        if rows == 1:
+            document = (position_ids == 0).cumsum(1)
+            seen = seen * (document[:, :, None] == document[:, None, :])
+        found: Tensor = self.head(seen / seen.sum(-1, keepdim=True) @ self.embed(input_ids))
+        return found
+
+
+def test_documents_are_looked_at_in_batches_of_several_rows(batches: dict[str, Batch]) -> None:
+    with pytest.raises(MismatchError, match="sees from one into another"):
+        LanguageModel(ApartWhenAlone(), CLASSES, "next")(batches["documents"])
+
+
+def test_weights_that_a_checkpoint_has_too_many_are_refused(tmp_path: Path) -> None:
+    deep: Any = build(LLAMA | {"num_hidden_layers": 3})
+    deep.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(MismatchError, match=r"unexpected keys.*layers\.2"):
+        build_language_model(LanguageModelSpec(checkpoint=str(tmp_path)), "causal_lm", CLASSES)

@@ -11,8 +11,16 @@ from softlabels.errors import MismatchError
 from softlabels.plan import Plan
 from softlabels.student import causal
 from softlabels.student.evaluate import evaluate, evaluate_teacher
+from softlabels.student.trainer import train
 from tests.plans import make_plan
-from tests.student.language import CLASSES, bigrams, draw, make_language_plan, make_language_table
+from tests.student.language import (
+    CLASSES,
+    bigrams,
+    draw,
+    language_spec,
+    make_language_plan,
+    make_language_table,
+)
 from tests.student.test_evaluate import reference, softmax
 
 ROWS = 25
@@ -160,3 +168,35 @@ def test_another_width_is_refused(tmp_path: Path) -> None:
     narrow.head = nn.Linear(CLASSES, CLASSES - 1)
     with pytest.raises(MismatchError, match=r"head has 29 rows, the plan's vocabulary has 30"):
         evaluate(narrow, plan)
+
+
+def test_unknown_tails_of_one_table_do_not_thin_the_figures_of_another(tmp_path: Path) -> None:
+    known = make_language_table(tmp_path / "a", draw(rows=8))
+    unknown = make_language_table(tmp_path / "b", draw(rows=8, seed=1), known_tail=False)
+    both, alone = make_plan({"a": known, "b": unknown}), make_plan({"a": known})
+    for found, expected in (
+        (evaluate_teacher(both), evaluate_teacher(alone)),
+        (evaluate(student(), both), evaluate(student(), alone)),
+    ):
+        for name in ("kl_to_teacher", "acceptance", "agreement"):
+            value = getattr(expected, name)
+            assert getattr(found, name) == (value and pytest.approx(value))
+    # What the teacher's top class is, only the table with tails says.
+    assert evaluate_teacher(both).accuracy == evaluate_teacher(alone).accuracy
+    assert evaluate_teacher(both).ece == evaluate_teacher(alone).ece
+
+
+def test_hard_labels_train_on_known_and_unknown_tails(tmp_path: Path) -> None:
+    known = make_language_table(tmp_path / "a", draw(rows=8))
+    unknown = make_language_table(tmp_path / "b", draw(rows=8, seed=1), known_tail=False)
+    make_plan({"a": known, "b": unknown}).write(tmp_path / "plan.parquet")
+    spec = language_spec(tmp_path, tmp_path / "plan.parquet", loss={"kd_weight": 0}, steps=3)
+    assert train(spec).record["steps"] == 3
+
+
+def test_one_version_under_two_rules_is_no_plan_to_measure_on(tmp_path: Path) -> None:
+    table = make_language_table(tmp_path / "a", draw(rows=8))
+    plan = make_plan({"a": table, "b": table})
+    assert len(plan.tables) == 2
+    with pytest.raises(MismatchError, match="one table version under different position rules"):
+        evaluate(student(), plan)

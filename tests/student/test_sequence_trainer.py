@@ -530,3 +530,41 @@ def test_two_ranks_are_one_process(tmp_path: Path, plan: Path) -> None:
     assert model.table.weight.grad is not None
     np.testing.assert_allclose(np.load(out), model.table.weight.grad, rtol=1e-4, atol=1e-7)
     assert sum_over_ranks(2.5) == 2.5
+
+
+def test_other_weights_in_the_same_folder_are_another_run(tmp_path: Path) -> None:
+    from softlabels.student.pretrained import build_language_model
+    from softlabels.student.spec import LanguageModelSpec
+
+    own = tokenizer_of(tmp_path / "model", [f"t{i}" for i in range(CLASSES)])
+    path = make_language_plan(tmp_path, tokenizer_sha256=own, rows=20)
+    start = {"causal_lm": {"checkpoint": str(tmp_path / "model")}}
+    spec = language_spec(tmp_path, path, student=start, steps=1)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model: Any = build_language_model(LanguageModelSpec(config=LLAMA), "causal_lm", CLASSES)
+        model.save_pretrained(tmp_path / "model")
+        if seed == 0:
+            assert not train(spec).already
+            assert train(spec).already
+    with pytest.raises(MismatchError, match=r"checkpoint 'sha256:\w+', the spec says 'sha256:\w+'"):
+        train(spec)
+
+
+def test_a_checkpoint_without_a_tokenizer_to_compare_is_refused(tmp_path: Path) -> None:
+    start = {"causal_lm": {"checkpoint": "someone/model"}}
+    spec = language_spec(tmp_path, make_language_plan(tmp_path), student=start)
+    with pytest.raises(
+        BadInputError, match=r"'someone/model' has no tokenizer.json.*add tokenizer"
+    ):
+        train(spec)
+
+
+def test_one_of_several_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = language_spec(tmp_path, make_language_plan(tmp_path), student=BIGRAM)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(BadInputError, match="expected one process, found a process group of 2"):
+        train(spec)
