@@ -7,7 +7,7 @@ READY := .venv/.ready
 SMOLLM2 := .venv/.smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-all check fix bench bench-lm clean
+.PHONY: help demo demo-lm test test-all check fix bench bench-lm stats-lm clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ bench: $(READY) ## Measure the demo's parts again; rewrites the README's table.
 
 bench-lm: $(SMOLLM2) ## Compare soft labels with a live teacher (hours; continues where it stopped).
 	$(BIN)/python -m pipelines.smollm2.bench
+
+stats-lm: $(SMOLLM2) ## Measure what storing SmolLM2's labels costs and loses.
+	$(BIN)/python -m pipelines.smollm2.stats
 
 clean: ## Remove the environment and everything made.
 	rm -rf .venv out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -78,10 +78,11 @@ def as_markdown(summary: Mapping[str, Any]) -> str:
             f"{_mean(found, 'perplexity'):.1f} | {_mean(found, 'kl'):.3f} | "
             f"{_share(found, 'gap_kl')} | {_share(found, 'gap_nll')} |\n"
         )
-    seeds = {len(found["kl"]) for found in last["arms"].values()}
+    counts = sorted({len(found["kl"]) for found in last["arms"].values()})
+    seeds = f"{counts[0]} seeds" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
     return text + (
         f"\n{last['positions']:,} positions, {settings['epochs']} passes over "
-        f"{settings['rows'] * (settings['length'] - 1):,}; {min(seeds)} to {max(seeds)} seeds; "
+        f"{settings['rows'] * (settings['length'] - 1):,}; {seeds}; "
         f"teacher's perplexity {summary['teacher']['perplexity']:.1f}; KL is exact, over the whole "
         "vocabulary.\n"
     )

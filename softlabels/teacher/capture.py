@@ -14,6 +14,8 @@ from softlabels.store import shards
 from softlabels.store.inspect import row_keys
 from softlabels.store.table import Table
 from softlabels.teacher.labeller import Labeller
+from softlabels.teacher.models import torch_threads
+from softlabels.teacher.recorded.spec import ImportSpec
 from softlabels.teacher.run import Keys, Scan, Spec, Unit, prepare, scan
 from softlabels.teacher.spec import CaptureSpec, SequenceCaptureSpec
 
@@ -78,7 +80,8 @@ def capture(spec: Spec, progress: Progress | None = None) -> Report:
     """
     began = time.monotonic()
     progress = progress or Progress()
-    with stop_on_signal() as stopped:
+    threads = None if isinstance(spec, ImportSpec) else spec.threads
+    with torch_threads(threads), stop_on_signal() as stopped:
         planning = _planning(progress, stopped)
         run, annotator = prepare(spec, planning)
         labeller = Labeller(run, annotator)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from softlabels.teacher.labeller import Labeller
+from softlabels.teacher.models import torch_threads
 from softlabels.teacher.run import prepare, scan
 from softlabels.teacher.spec import CaptureSpec, SequenceCaptureSpec
 
@@ -18,6 +19,11 @@ def estimate(spec: CaptureSpec | SequenceCaptureSpec) -> dict[str, Any]:
         rows_per_s, seconds, bytes_per_row, bytes; of a language model batch_tokens instead, and
         tokens_per_s, positions_left (by the batch's share), bytes_per_position, skipped.
     """
+    with torch_threads(spec.threads):
+        return _estimate(spec)
+
+
+def _estimate(spec: CaptureSpec | SequenceCaptureSpec) -> dict[str, Any]:
     run, annotator = prepare(spec)
     labeller = Labeller(run, annotator)
     table = labeller.table()

@@ -105,6 +105,17 @@ def load_teacher(spec: CaptureSpec) -> TorchTeacher:
     return TorchTeacher(module, decode, spec.teacher.num_classes, device, lineage)
 
 
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Runs torch's work on so many threads; None: as many as it is set to."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def load_weights(module: nn.Module, path: str) -> None:
     """Loads a safetensors file into a module, every tensor of both accounted for."""
     if not Path(path).is_file():

@@ -90,6 +90,7 @@ class _Capture(_Settings):
         draws_temperature: the temperature at which draws are made; 1 or one of `temperatures`.
         seed: of the draws.
         device: auto, cpu, cuda, cuda:0, mps.
+        threads: for `torch.set_num_threads`; none leaves it. Bits repeat for the same number.
     """
 
     table: str
@@ -101,6 +102,7 @@ class _Capture(_Settings):
     profile: Literal["compact", "precise"]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
+    threads: Annotated[int, Field(ge=1)] | None = None
 
     @field_validator("table")
     @classmethod

@@ -4,18 +4,21 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from softlabels.errors import DataError, MismatchError, TryAgainError
 from softlabels.store.inspect import verify
 from softlabels.store.table import Table
 from softlabels.teacher.capture import Progress, capture
 from softlabels.teacher.estimate import estimate
+from softlabels.teacher.labeller import Labeller
 from tests.teacher.jobs import (
     TOYS,
     make_spec,
@@ -390,3 +393,22 @@ def test_a_table_url(folder: Path) -> None:
 
 def test_settings_are_not_changed_by_their_use(folder: Path) -> None:
     assert settings(folder) == settings(folder)
+
+
+def test_threads_are_the_spec_s_and_are_given_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def peek(self: Any, *arguments: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        return rehearse(self, *arguments)
+
+    rehearse = Labeller.rehearse
+    monkeypatch.setattr(Labeller, "rehearse", peek)
+    before = torch.get_num_threads()
+    first = capture(make_spec(folder, threads=3))
+    assert seen == [3]
+    assert torch.get_num_threads() == before
+    # They decide no label, so the run is the same.
+    assert capture(make_spec(folder, threads=1)).run_id == first.run_id

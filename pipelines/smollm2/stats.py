@@ -1,0 +1,42 @@
+"""What storing SmolLM2's labels costs and loses, at several k, profiles and draws.
+
+    python -m pipelines.smollm2.stats
+
+Captures the held-out pages once (128 ids, 128 draws, profile precise: some minutes) and puts what
+`softlabels stats` says of that table into README.md.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from pipelines.smollm2.teacher import teacher_folder
+
+README = Path("README.md")
+SPEC = "pipelines/smollm2/capture-stats.yaml"
+OUT = Path("out/stats-lm")
+MARKS = ("<!-- stats-lm -->\n", "<!-- /stats-lm -->")
+
+
+def main() -> None:
+    """Captures what is not there yet, measures, and writes README's table."""
+    teacher_folder()
+    table, found = f"{OUT}/labels", OUT / "stats.md"
+    for command in (
+        ("capture", SPEC),
+        ("verify", table),
+        ("stats", table, "-o", str(found), "--force"),
+    ):
+        print("$ softlabels", *command, flush=True)
+        subprocess.run([sys.executable, "-m", "softlabels", *command], check=True)
+    start, end = (re.escape(mark) for mark in MARKS)
+    text = README.read_text()
+    written = re.sub(
+        f"({start}).*?({end})", lambda m: m[1] + found.read_text() + m[2], text, flags=re.DOTALL
+    )
+    README.write_text(written)
+
+
+if __name__ == "__main__":
+    main()
