@@ -32,10 +32,10 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "softlabels", *command], check=True)
     start, end = (re.escape(mark) for mark in MARKS)
     text = README.read_text()
-    written = re.sub(
-        f"({start}).*?({end})", lambda m: m[1] + found.read_text() + m[2], text, flags=re.DOTALL
+    said = found.read_text().replace(f"{Path.cwd()}/", "")
+    README.write_text(
+        re.sub(f"({start}).*?({end})", lambda m: m[1] + said + m[2], text, flags=re.DOTALL)
     )
-    README.write_text(written)
 
 
 if __name__ == "__main__":
