@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from softlabels.errors import BadInputError
 from softlabels.student.fused import linear_distillation_loss
 from softlabels.student.losses import TailMode, Targets, check_targets
 
@@ -151,6 +152,7 @@ def main() -> None:
     if asked:
         print(peak(asked[0], *map(int, asked[1:])))
         return
+    _around()
     table = as_markdown([line for v in CLASSES for line in measure(ROWS, WIDTH, v)])
     print(table, end="")
     write(table)
@@ -235,9 +237,20 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
 
 def write(table: str) -> None:
     """Replaces the table between README's marks."""
+    before, after = _around()
+    README.write_text(before + table + after)
+
+
+def _around() -> tuple[str, str]:
+    """README up to the table and from its end on."""
     text = README.read_text()
-    start, end = (text.index(mark) for mark in MARKS)
-    README.write_text(text[: start + len(MARKS[0])] + table + text[end:])
+    for mark in MARKS:
+        if mark not in text:
+            raise BadInputError(
+                f"{README}: the table's place is not there, has no {mark.strip()!r}"
+            )
+    before, _, after = text.partition(MARKS[0])
+    return before + MARKS[0], after[after.index(MARKS[1]) :]
 
 
 if __name__ == "__main__":

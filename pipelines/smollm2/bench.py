@@ -29,7 +29,7 @@ from pipelines.smollm2.summary import summarise, write_table
 from pipelines.smollm2.teacher import FOLDER, teacher_folder
 from pipelines.smollm2.text import pieces
 from softlabels.errors import MismatchError
-from softlabels.fingerprint import sha256_bytes
+from softlabels.fingerprint import sha256_bytes, sha256_stream
 from softlabels.specs import load_spec
 from softlabels.storage import open_root
 from softlabels.teacher.causal import quiet_transformers
@@ -109,7 +109,7 @@ def _run(settings: Settings) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     _same_settings(settings)
     training, heldout = open_labels(settings)
-    _same_contents(settings, training, heldout)
+    same_contents(settings, training, heldout)
     progress = Progress()
     rate = choose_rate(settings, training, heldout, progress)
     for arms, seeds in plan(settings):
@@ -253,20 +253,37 @@ class Progress:
             )
 
 
-def _same_contents(settings: Settings, *labels: Labels) -> None:
-    """Raises unless what the teacher said in this folder is of this text and this teacher."""
+def same_contents(settings: Settings, *labels: Labels) -> None:
+    """Records whose labels this folder's are, or compares them with what was recorded.
+
+    Raises:
+        MismatchError: they are of another text, teacher or version, or nobody recorded of which.
+    """
     path = settings.out / "contents.json"
+    weights = sorted(teacher_folder(settings.teacher).glob("*.safetensors"))
     now = {
         "labels": LABELS_VERSION,
         "tokens": [sha256_bytes(one.rows.numpy().tobytes()) for one in labels],
-        "head": sha256_bytes(labels[0].head.numpy().tobytes()),
+        "teacher": [sha256_file(file) for file in weights],
     }
     if path.exists() and (before := json.loads(path.read_text())) != now:
         raise MismatchError(
             f"{settings.out}: its labels are of {before!r}, this run's would be of {now!r}: give "
             "another out=FOLDER or remove this one"
         )
+    kept = settings.out / "teacher"
+    if not path.exists() and any(kept.glob("*.safetensors")):
+        raise MismatchError(
+            f"there are labels in {kept} without {path.name}, so of a teacher that is not known: "
+            f"give another out=FOLDER or remove {settings.out}"
+        )
     open_root(settings.out).write(path.name, json.dumps(now, indent=2).encode())
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with open(path, "rb") as stream:
+        return sha256_stream(stream)
 
 
 def _same_settings(settings: Settings) -> None:

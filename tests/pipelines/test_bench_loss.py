@@ -7,6 +7,7 @@ import torch
 
 from pipelines import bench_loss
 from pipelines.bench_loss import FUSED_HARD, LOSSES, PLAIN, Line, as_markdown, problem
+from softlabels.errors import BadInputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:tail 'renormalize':UserWarning")
 
@@ -49,3 +50,18 @@ def test_the_table_replaces_what_is_between_the_marks(
     monkeypatch.setattr(bench_loss, "README", readme)
     bench_loss.write(table)
     assert readme.read_text() == f"before\n{start}{table}{end}\nafter\n"
+
+
+def test_a_readme_without_marks_is_found_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object) -> None:
+        pytest.fail("measured for nothing")
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{bench_loss.MARKS[0]}after\n")
+    monkeypatch.setattr(bench_loss, "README", readme)
+    monkeypatch.setattr(bench_loss, "measure", measured)
+    monkeypatch.setattr("sys.argv", ["bench_loss"])
+    with pytest.raises(BadInputError, match=r"README.md.*has no '<!-- /bench-loss -->'"):
+        bench_loss.main()

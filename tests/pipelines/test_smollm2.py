@@ -1,6 +1,7 @@
 """The language-model demo and benchmark, their whole way, on a tiny teacher made here."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipelines.smollm2 import bench as bench_lm
 from pipelines.smollm2 import students
@@ -190,6 +191,32 @@ def test_a_benchmark_that_was_stopped_ends_with_the_same_students(
 def test_a_benchmark_with_other_settings_is_refused(bench: Settings) -> None:
     with pytest.raises(MismatchError, match="rows: 8 before, 6 now"):
         bench_lm.run(bench.model_copy(update={"rows": 6}))
+
+
+def test_labels_of_another_teacher_or_of_an_unknown_one_are_refused(
+    bench: Settings, teacher: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bench.out, tmp_path / "out")
+    changed = shutil.copytree(teacher, tmp_path / "teacher")
+    weights = load_file(changed / "model.safetensors")
+    weights["model.embed_tokens.weight"][0, 0] += 1
+    save_file(weights, changed / "model.safetensors", {"format": "pt"})
+    settings = bench.model_copy(update={"out": tmp_path / "out"})
+    other = settings.model_copy(update={"teacher": changed})
+    with pytest.raises(
+        MismatchError, match=r"labels are of .*'teacher': .*, this run's would be of"
+    ):
+        bench_lm.same_contents(other, *bench_lm.open_labels(other))
+    bench_lm.same_contents(settings, *bench_lm.open_labels(settings))
+    (tmp_path / "out/contents.json").unlink()
+    with pytest.raises(MismatchError, match=r"labels in .*teacher.* without contents.json"):
+        bench_lm.run(settings)
+
+
+@pytest.mark.parametrize("changes", [["batch_rows=3"], ["batch_rows=2", "rate_rows=5"]])
+def test_batches_that_would_leave_rows_out_are_refused(changes: list[str]) -> None:
+    with pytest.raises(BadInputError, match=r"batch_rows \d does not divide"):
+        load_spec("pipelines/smollm2/bench.yaml", Settings, changes)
 
 
 def test_a_teacher_predicts_alike_from_its_own_logits_and_from_kept_states(

@@ -353,11 +353,16 @@ def test_the_same_rows_by_other_rules_are_decoded_for_each(uneven: Table) -> Non
     assert len(few.targets.ids) < len(all_positions.targets.ids)
 
 
-def test_an_entry_that_lies_about_itself_is_named_whoever_reads_its_group(plan: Plan) -> None:
+@pytest.mark.parametrize(("rows", "named"), [([0, 11], 11), ([-1, 3], -1)])
+def test_an_entry_that_lies_about_itself_is_named_whoever_reads_its_group(
+    plan: Plan, rows: list[int], named: int
+) -> None:
     one = plan.entries.to_pylist()[0]
-    wrong = [{**one, "rows": [0, 11], "num_rows": 2}, {**one, "rows": [1], "num_rows": 1}]
+    wrong = [{**one, "rows": rows, "num_rows": 2}, {**one, "rows": [1], "num_rows": 1}]
     reader = Reader(replace(plan, entries=entries_table(wrong)))
-    with pytest.raises(IntegrityError, match=r"entry 0 of the plan takes row 11 of .* 10 rows"):
+    with pytest.raises(
+        IntegrityError, match=f"entry 0 of the plan takes row {named} of .* 10 rows"
+    ):
         reader.entry(1)
 
 

@@ -21,6 +21,7 @@ from softlabels.plan import Plan
 from softlabels.student import trainer
 from softlabels.student.batch import targets_at
 from softlabels.student.causal import LanguageModel
+from softlabels.student.evaluate import evaluate
 from softlabels.student.fit import require_fit
 from softlabels.student.metrics import read_metrics
 from softlabels.student.ranks import sum_over_ranks
@@ -349,6 +350,26 @@ def test_a_checkpoint_brings_its_tokenizer_and_leaves_it_to_the_next(tmp_path: P
     other = make_language_plan(tmp_path, "other", rows=5)
     with pytest.raises(MismatchError, match=f"{own}.*{TOKENIZER}"):
         train(language_spec(tmp_path, other, student=second, out=str(tmp_path / "x")))
+
+
+def test_weights_are_measured_in_their_specs_student_not_in_what_lies_in_out(
+    tmp_path: Path,
+) -> None:
+    from softlabels.student.pretrained import build_language_model
+    from softlabels.student.spec import LanguageModelSpec
+
+    path = make_language_plan(tmp_path, rows=20)
+    spec = language_spec(tmp_path, path, student={"causal_lm": {"config": LLAMA}}, steps=1)
+    train(spec)
+    deep = LLAMA | {"num_hidden_layers": LLAMA["num_hidden_layers"] + 1}
+    other = language_spec(tmp_path, path, student={"causal_lm": {"config": deep}}, steps=1)
+    model: Any = build_language_model(LanguageModelSpec(config=deep), "causal_lm", CLASSES)
+    model.save_pretrained(tmp_path / "deep")
+    weights = str(tmp_path / "deep/model.safetensors")
+    found = evaluate_saved(other, Plan.read(path), weights)
+    assert found.nll == evaluate(LanguageModel(model, CLASSES, "next"), Plan.read(path)).nll
+    with pytest.raises(MismatchError, match=r"layers\.\d"):
+        evaluate_saved(spec, Plan.read(path), weights)
 
 
 def test_another_chat_template_is_refused(tmp_path: Path) -> None:
