@@ -367,7 +367,7 @@ def test_weights_are_measured_in_their_specs_student_not_in_what_lies_in_out(
     model.save_pretrained(tmp_path / "deep")
     weights = str(tmp_path / "deep/model.safetensors")
     found = evaluate_saved(other, Plan.read(path), weights)
-    assert found.nll == evaluate(LanguageModel(model, CLASSES, "next"), Plan.read(path)).nll
+    assert found.nll == evaluate(model, Plan.read(path)).nll
     with pytest.raises(MismatchError, match=r"layers\.\d"):
         evaluate_saved(spec, Plan.read(path), weights)
 
