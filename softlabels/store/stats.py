@@ -80,7 +80,7 @@ def measure(
     positions = _positions(batches)
     if not positions:
         raise BadInputError(f"table {table.root.uri!r}: {len(batches)} row groups have no position")
-    sample = _Sample(table, pa.Table.from_batches(batches).combine_chunks().to_batches()[0])
+    sample = _Sample(table, _whole(batches, table.root.uri))
     settings = []
     for k in _heads(table):
         for row in sample.settings(k):
@@ -203,6 +203,20 @@ def _sample(table: Table, max_rows: int | None) -> list[pa.RecordBatch]:
                 break
             batches.append(batch)
     return batches
+
+
+def _whole(batches: list[pa.RecordBatch], uri: str) -> pa.RecordBatch:
+    """One batch of all; a list column holds at most 2^31 - 1 elements of it."""
+    try:
+        parts = pa.Table.from_batches(batches).combine_chunks().to_batches()
+    except pa.ArrowInvalid:  # offset overflow
+        parts = []
+    if len(parts) != 1:
+        rows = sum(batch.num_rows for batch in batches)
+        raise BadInputError(
+            f"table {uri!r}: {rows} rows are too many to look at in one piece: give fewer"
+        )
+    return parts[0]
 
 
 def _positions(batches: Iterable[pa.RecordBatch]) -> int:

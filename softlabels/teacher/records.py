@@ -354,17 +354,19 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def _integers(column: pa.Array) -> list[Any]:
-    # Unchecked: what int64 cannot hold turns negative, and is no token id.
+    # Unchecked where int64 can hold all; what it cannot turns negative, and is no number of ours.
     lists = column.cast(pa.large_list(pa.int64()), safe=False)
-    return [None if not row.is_valid else _int64(row.values) for row in lists]
+    unsigned = column.type.value_type == pa.uint64()
+    return [None if not row.is_valid else _int64(row.values, unsigned) for row in lists]
 
 
-def _int64(values: pa.Array) -> Any:
+def _int64(values: pa.Array, unsigned: bool) -> Any:
     if values.null_count:
         return _BROKEN
     # Not to_numpy, which imports pandas where it is installed.
     data = np.frombuffer(values.buffers()[1] or b"", np.int64)
-    return data[values.offset : values.offset + len(values)]
+    found = data[values.offset : values.offset + len(values)]
+    return _BROKEN if unsigned and (found < 0).any() else found
 
 
 def _carried(column: pa.Array, field: pa.Field, place: str) -> list[Any]:

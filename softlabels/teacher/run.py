@@ -259,6 +259,13 @@ def _digest(values: tuple[Any, ...]) -> str:
     return digest.hexdigest()
 
 
+def _id_of(run: Run, row: int) -> str:
+    name = example_ids(run, next(run.source.batches(row, row + 1, run.columns.all)), row)[0]
+    splits = isinstance(run.spec, SequenceCaptureSpec) and "#" in name
+    parts = " (ids that end in #1, #2 and so on are parts of a split document)" if splits else ""
+    return f"example id {name!r}{parts}"
+
+
 def _find_repeated(run: Run, keys: Keys, contents: Keys, labels: Keys) -> Scan:
     order = np.argsort(keys, kind="stable")
     again = np.zeros(len(keys), bool)
@@ -270,7 +277,7 @@ def _find_repeated(run: Run, keys: Keys, contents: Keys, labels: Keys) -> Scan:
         at = int(np.argmax(different))
         here, there = run.source.locate(int(order[at])), run.source.locate(int(first[at]))
         raise DataError(
-            f"one example id stands for two contents: {here} and {there}; "
+            f"{_id_of(run, int(order[at]))} stands for two contents: {here} and {there}; "
             "make ids unique, or leave out example_id to use the content's sha256"
         )
     relabelled = int((again & (labels[order] != labels[first])).sum())

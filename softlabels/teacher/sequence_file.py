@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -24,6 +25,9 @@ from softlabels.teacher.tokenizer import Ids
 GROUP_TOKENS = 1 << 19
 GROUP_BYTES = 64 << 20
 """Tokens, and bytes of carried text, at which a row group of the file ends."""
+
+ABANDONED = 24 * 3600.0
+"""Seconds without a write after which a half-written file is nobody's."""
 
 LISTS = ("input_ids", "position_index", "label_ids", "segment_ids")
 _FOLDER = "sequences"
@@ -64,6 +68,7 @@ def kept(
         folder = Path(root.full(_FOLDER))
         with storage_errors("write", str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
+            _clear(folder)
         name = _make(folder, origin, rows, skipped, carry, what)
         found = open_files(root, [f"{_FOLDER}/{name}"], [])
     counts = {reason: int(count) for reason, (count, _) in _notes(found).items()}
@@ -100,6 +105,14 @@ def _made_before(root: Root, origin: str) -> Source | None:
                 return found
         root.delete(path)  # damaged: made anew
     return None
+
+
+def _clear(folder: Path) -> None:
+    """Removes what killed runs left half written; a live one has written within ABANDONED."""
+    for file in folder.glob("*.tmp"):
+        with suppress(OSError):  # another run was first
+            if time.time() - file.stat().st_mtime > ABANDONED:
+                file.unlink()
 
 
 def _make(

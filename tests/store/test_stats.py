@@ -280,3 +280,13 @@ def test_columns_of_the_table_are_bytes_a_position(tmp_path: Path) -> None:
     assert 20 < found["topk_ids"] < 32
     assert 6 < found["topk_logprobs"] < 16
     assert 1 < found["tail_logprob"] < 3
+
+
+def test_a_sample_that_arrow_cannot_hold_in_one_piece_is_refused() -> None:
+    # Lists of nulls: they take no memory, and their offsets are as large as any.
+    length = 1_500_000_000
+    lists = pa.ListArray.from_arrays(pa.array([0, length], pa.int32()), pa.nulls(length))
+    batch = pa.RecordBatch.from_arrays([lists], ["x"])
+    assert stats._whole([batch], "t").num_rows == 1
+    with pytest.raises(BadInputError, match=r"table 't': 2 rows are too many .*give fewer"):
+        stats._whole([batch, batch], "t")

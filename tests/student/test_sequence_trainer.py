@@ -361,7 +361,8 @@ def test_weights_are_measured_in_their_specs_student_not_in_what_lies_in_out(
     path = make_language_plan(tmp_path, rows=20)
     spec = language_spec(tmp_path, path, student={"causal_lm": {"config": LLAMA}}, steps=1)
     train(spec)
-    deep = LLAMA | {"num_hidden_layers": LLAMA["num_hidden_layers"] + 1}
+    layers: Any = LLAMA["num_hidden_layers"]
+    deep = LLAMA | {"num_hidden_layers": layers + 1}
     other = language_spec(tmp_path, path, student={"causal_lm": {"config": deep}}, steps=1)
     model: Any = build_language_model(LanguageModelSpec(config=deep), "causal_lm", CLASSES)
     model.save_pretrained(tmp_path / "deep")

@@ -286,6 +286,18 @@ def test_a_null_among_token_ids_is_a_wrong_type(tmp_path: Path) -> None:
     assert skipped.counts == {"field of a wrong type": 1}
 
 
+@pytest.mark.parametrize("column", ["ids", "position_index", "segment_ids"])
+def test_numbers_that_no_int64_holds_are_a_wrong_type(tmp_path: Path, column: str) -> None:
+    kind = pa.list_(pa.uint64())
+    names = ("ids", "position_index", "segment_ids")
+    columns = {name: pa.array([[0, 1], [0, 1]], kind) for name in names}
+    columns[column] = pa.array([[1, 2**64 - 1], [0, 1]], kind)
+    write_parquet(tmp_path / "a.parquet", **columns)
+    documents, skipped = read(tmp_path / "a.parquet", input_ids="ids", packing="documents")
+    assert values(documents) == [[0, 1]]
+    assert skipped.counts == {"field of a wrong type": 1}
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -1,6 +1,7 @@
 """Captures by a language model: what they store, that it is right, that it repeats."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -404,6 +405,26 @@ def test_tokenizers_that_do_not_fit_the_model(folder: Path, tmp_path: Path) -> N
         capture(language_spec(folder, narrow, k=1000))
     with pytest.raises(BadInputError, match="device 'cuda:77'"):
         capture(language_spec(folder, narrow, device="cuda:77"))
+
+
+def test_text_is_refused_before_the_model_is_loaded(
+    folder: Path, llama: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "no_weights"
+    shutil.copytree(llama, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    source: dict[str, Any] = {"packing": "documents", "too_long": "refuse", "length": 8}
+    with pytest.raises(DataError, match=r"tokens, source.length is 8"):
+        capture(language_spec(folder, bare, source=source))
+    with pytest.raises(BadInputError, match="cannot be loaded"):
+        capture(language_spec(folder, bare))
+
+
+def test_an_id_of_its_own_that_is_also_that_of_a_part(folder: Path, llama: Path) -> None:
+    records = [{"id": "a", "text": SENTENCES[0] * 2}, {"id": "a#1", "text": SENTENCES[1]}]
+    source: dict[str, Any] = {"files": str(write_lines(folder / "x.jsonl", records))}
+    source |= {"text": "text", "example_id": "id", "packing": "documents", "length": 24}
+    with pytest.raises(DataError, match=r"id 'a#1' stands for two .*#1, #2.* are parts of a split"):
+        capture(language_spec(folder, llama, source=source))
 
 
 def test_chats_by_their_template(folder: Path, llama: Path) -> None:

@@ -1,6 +1,7 @@
 """Sequences: packing, positions, masks, what is left out, and the file they are kept in."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -589,3 +590,16 @@ def test_carried_values_that_no_column_holds(make: Maker, value: Any) -> None:
     records = [{"text": "The cat sat.", "x": value}]
     with pytest.raises(DataError, match=r"carry: field 'x' has a value in examples .* cannot hold"):
         make(records, packing="documents", carry=["x"])
+
+
+def test_what_killed_runs_left_is_cleared(make: Maker, cache: Path) -> None:
+    source = make(texts(SENTENCES))
+    (path,) = cache.iterdir()
+    path.unlink()
+    old = cache / f"{source.origin}-0.tmp"
+    fresh = cache / f"{source.origin}-1.tmp"  # another run may be writing it
+    for file in (old, fresh):
+        file.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    make(texts(SENTENCES))
+    assert sorted(cache.iterdir()) == sorted([path, fresh])

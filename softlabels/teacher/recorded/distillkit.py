@@ -38,6 +38,7 @@ Dtype = Literal["float16", "bfloat16", "float32", "float64"]
 Bytes = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float64]
 
+_NO_IDS = "record whose token_ids holds no token id"
 _UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 
 
@@ -161,21 +162,15 @@ def read(
             "it keeps centred logits, whose softmax cannot be had from their top",
         )
     if "token_ids" in record and "top_values" in record:
-        ids, values = _matrix(record["token_ids"]), _matrix(record["top_values"])
-        if (
-            ids.dtype.kind not in "iu"
-            or (ids < 0).any()
-            or (ids >= context.tokenizer.num_ids).any()
-        ):
-            raise BadRecordError(
-                "record whose token_ids holds no token id",
-                f"expected 0 to {context.tokenizer.num_ids - 1}, found {ids.min()} to {ids.max()}",
-            )
+        ids = _between(record["token_ids"], context.tokenizer.num_ids, _NO_IDS)
+        values = _matrix(record["top_values"])
+        if values.dtype.kind not in "iuf":
+            raise BadRecordError("record whose top_values hold no numbers", f"found {values.dtype}")
         found = Decoded(values.astype(np.float64), np.zeros(len(values)))
     elif compression is not None and "compressed_logprobs" in record:
-        packed = _matrix(record.get("bytepacked_indices")).astype(np.uint8)
+        packed = _bytes(record, "bytepacked_indices")
         ids = unpack_bits(packed, compression.index_bits, compression.k)
-        found = decode(_matrix(record["compressed_logprobs"]).astype(np.uint8), compression)
+        found = decode(_bytes(record, "compressed_logprobs"), compression)
     else:
         raise BadRecordError("record without logprobs", f"columns are {list(record)!r:.120}")
     if ids.shape != found.logprobs.shape or len(ids) != len(tokens) - 1:
@@ -314,6 +309,23 @@ def _take(rest: Bytes, count: int, dtype: Dtype) -> tuple[torch.Tensor, Bytes]:
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name)
     assert isinstance(found, torch.dtype)
+    return found
+
+
+def _bytes(record: Mapping[str, Any], name: str) -> Bytes:
+    reason = f"record whose {name} holds no bytes"
+    return _between(record.get(name), 256, reason).astype(np.uint8)
+
+
+def _between(value: Any, limit: int, reason: str) -> npt.NDArray[Any]:
+    """[P, n] whole numbers from 0 to below `limit`."""
+    found = _matrix(value)
+    if found.dtype.kind not in "iu":
+        raise BadRecordError(reason, f"expected whole numbers, found {found.dtype}")
+    if found.size and (found.min() < 0 or found.max() >= limit):
+        raise BadRecordError(
+            reason, f"expected 0 to {limit - 1}, found {found.min()} to {found.max()}"
+        )
     return found
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from softlabels.errors import DataError
@@ -59,9 +61,20 @@ def test_a_bad_record_is_counted(
     assert (report["rows"], report["skipped"]) == (1, {reason: 1})
 
 
-def test_a_file_that_was_replaced_since_it_was_hashed_is_refused(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", [{"x": 1}])
-    files = open_files(str(path), "vllm")
-    write_lines(path, [{"x": 2}])
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "write"),
+    [("a.jsonl", "vllm", write_lines), ("a.parquet", "distillkit", write_rows)],
+)
+def test_a_file_that_was_replaced_since_it_was_hashed_is_refused(
+    tmp_path: Path, name: str, layout: str, write: Callable[..., Path]
+) -> None:
+    path = write(tmp_path / name, [{"x": 1}])
+    files = open_files(str(path), layout)
+    write(path, [{"x": 2}])
     with pytest.raises(DataError, match="was replaced while it was read"):
         list(files.records())

@@ -1,5 +1,6 @@
 """DistillKit's bit-packed Parquet: decoded as its format defines it, or refused by name."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ from softlabels.errors import BadInputError, DataError
 from softlabels.store.inspect import verify
 from softlabels.teacher.recorded.distillkit import Bin, Compression, decode, unpack_bits
 from softlabels.teacher.recorded.report import import_recorded
-from tests.teacher.recorded.recordings import Teacher, imported, require_true, spec_of
+from tests.teacher.recorded.recordings import (
+    Teacher,
+    imported,
+    require_true,
+    spec_of,
+    write_tokenizer,
+)
 
 K = 12
 D = 512
@@ -235,6 +242,20 @@ def test_the_sampler_s_padding_token_is_no_label(teacher: Teacher, tmp_path: Pat
     assert found["position_index"][-1] == 28
 
 
+def test_a_padding_token_of_id_0_is_one(teacher: Teacher, tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "tokenizer")
+    place = folder / "tokenizer_config.json"
+    config = json.loads(place.read_text())
+    config |= {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
+    place.write_text(json.dumps(config))
+    rows = write(teacher, tmp_path, EXACT, seeds=1)
+    rows[0]["input_ids"][-1] = 0
+    table = pq.read_table(tmp_path / "data_0.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), tmp_path / "data_0.parquet")
+    found = imported(spec(teacher, tmp_path, tokenizer=str(folder)))[2][0]
+    assert found["label_ids"][-1] == -1
+
+
 def test_plain_top_values(teacher: Teacher, tmp_path: Path) -> None:
     tokens = teacher.write(30, 2)
     ids, logprobs = tops(teacher, tokens, K)
@@ -303,12 +324,36 @@ def test_a_row_cut_short(teacher: Teacher, tmp_path: Path) -> None:
         import_recorded(spec(teacher, tmp_path))
 
 
-def test_ids_that_are_none_are_a_bad_record(teacher: Teacher, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("token_ids", [[-1] * K] * 29, "record whose token_ids holds no token id"),
+        ("token_ids", [[2**40] * K] * 29, "record whose token_ids holds no token id"),
+        ("token_ids", [["a"] * K] * 29, "record whose token_ids holds no token id"),
+        ("token_ids", [["a", None] * (K // 2)] * 29, "record whose token_ids holds no token id"),
+        ("top_values", [["a"] * K] * 29, "record whose top_values hold no numbers"),
+        ("top_values", [[None] * K] * 29, "record whose top_values hold no numbers"),
+    ],
+)
+def test_values_that_are_none_are_a_bad_record(
+    teacher: Teacher, tmp_path: Path, column: str, value: Any, reason: str
+) -> None:
     tokens = teacher.write(30, 2)
     ids, logprobs = tops(teacher, tokens, K)
     good = {"input_ids": tokens, "token_ids": ids.tolist(), "top_values": logprobs.tolist()}
-    ids[0, 1] = -1
-    bad = good | {"token_ids": ids.tolist()}
-    pq.write_table(pa.Table.from_pylist([good, bad]), tmp_path / "x.parquet")
+    for name, row in (("a", good), ("b", good | {column: value})):
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / f"{name}.parquet")
     report = imported(spec(teacher, tmp_path, on_bad="skip"))[0]
-    assert report["skipped"] == {"record whose token_ids holds no token id": 1}
+    assert (report["rows"], report["skipped"]) == (1, {reason: 1})
+
+
+@pytest.mark.parametrize("column", ["bytepacked_indices", "compressed_logprobs"])
+@pytest.mark.parametrize("wrong", [300, -1])
+def test_packed_values_that_are_no_bytes_are_a_bad_record(
+    teacher: Teacher, tmp_path: Path, column: str, wrong: int
+) -> None:
+    rows = write(teacher, tmp_path, EXACT, seeds=2)
+    rows[1][column][0][0] = wrong  # astype(uint8) would make another value of it
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data_0.parquet")
+    report = imported(spec(teacher, tmp_path, on_bad="skip"))[0]
+    assert report["skipped"] == {f"record whose {column} holds no bytes": 1}
