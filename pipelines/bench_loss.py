@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from softlabels.errors import BadInputError
+from pipelines.readme import put, require_place
 from softlabels.student.fused import linear_distillation_loss
 from softlabels.student.losses import TailMode, Targets, check_targets
 
@@ -32,8 +32,6 @@ TURNS = 7
 ROWS, WIDTH, STORED = 1_024, 512, 32
 CLASSES = (32_768, 131_072)
 TAIL_MASS = 0.15
-README = Path("README.md")
-MARKS = ("<!-- bench-loss -->\n", "<!-- /bench-loss -->")
 
 
 class Problem(NamedTuple):
@@ -151,10 +149,10 @@ def main() -> None:
     if asked:
         print(peak(asked[0], *map(int, asked[1:])))
         return
-    _around()
+    require_place("bench-loss")
     table = as_markdown([line for v in CLASSES for line in measure(ROWS, WIDTH, v)])
     print(table, end="")
-    write(table)
+    put("bench-loss", table)
 
 
 def measure(rows: int, width: int, classes: int, turns: int = TURNS) -> list[Line]:
@@ -239,24 +237,6 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
     if ours == theirs:
         return "1"
     return f"{statistics.median(found):.2f} ({min(found):.2f}–{max(found):.2f})"
-
-
-def write(table: str) -> None:
-    """Replaces the table between README's marks."""
-    before, after = _around()
-    README.write_text(before + table + after)
-
-
-def _around() -> tuple[str, str]:
-    """README up to the table and from its end on."""
-    text = README.read_text()
-    for mark in MARKS:
-        if mark not in text:
-            raise BadInputError(
-                f"{README}: the table's place is not there, has no {mark.strip()!r}"
-            )
-    before, _, after = text.partition(MARKS[0])
-    return before + MARKS[0], after[after.index(MARKS[1]) :]
 
 
 if __name__ == "__main__":

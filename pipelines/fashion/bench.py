@@ -6,12 +6,10 @@ Each line times two ways of the same work in turns (A B A B …) and takes the m
 pair by pair, so a machine that slows down in between slows both. The table goes into README.md.
 """
 
-import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -23,6 +21,7 @@ from rich.progress import track
 
 from pipelines.fashion.inputs import decode
 from pipelines.fashion.student import MLPStudent
+from pipelines.readme import put, require_place
 from softlabels.plan import Plan
 from softlabels.query.mix import Recipe, mix
 from softlabels.query.recipe import Source
@@ -36,8 +35,6 @@ from softlabels.teacher.models import load_teacher
 THREADS = 1
 PAIRS = 7
 ROWS = 10_000
-README = Path("README.md")
-MARKS = ("<!-- bench -->\n", "<!-- /bench -->")
 
 Work = Callable[[], Any]
 
@@ -52,6 +49,7 @@ class Line(NamedTuple):
 
 def main() -> None:
     """Measures, prints the table and puts it into README.md."""
+    require_place("bench")
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
         spec = CaptureSpec.read("pipelines/fashion/capture-test.yaml")
@@ -65,7 +63,7 @@ def main() -> None:
         ]
     table = as_markdown(found)
     print(table, end="")
-    write(table)
+    put("bench", table)
 
 
 def comparisons(
@@ -171,15 +169,6 @@ def as_markdown(lines: list[Line]) -> str:
         text += f"| {line.what} | {line.baseline} | {median:.2f} ({spread}) |\n"
     versions = f"torch {torch.__version__.split('+')[0]}, pyarrow {pa.__version__}"
     return text + f"\nMedians of {PAIRS} alternated pairs, {THREADS} torch thread, {versions}.\n"
-
-
-def write(table: str) -> None:
-    """Replaces the table between README's marks."""
-    start, end = (re.escape(mark) for mark in MARKS)
-    text = README.read_text()
-    README.write_text(
-        re.sub(f"({start}).*?({end})", lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
-    )
 
 
 if __name__ == "__main__":

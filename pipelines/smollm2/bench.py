@@ -19,13 +19,14 @@ from typing import Annotated, Any, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipelines.readme import put
 from pipelines.smollm2 import students
 from pipelines.smollm2.arms import CURVE, MAIN, Arm
 from pipelines.smollm2.evaluate import parts_of_labels
 from pipelines.smollm2.exact import measure
 from pipelines.smollm2.labels import Labels
 from pipelines.smollm2.runs import WINDOW, Run
-from pipelines.smollm2.summary import summarise, write_table
+from pipelines.smollm2.summary import as_markdown, summarise
 from pipelines.smollm2.teacher import FOLDER, teacher_folder
 from pipelines.smollm2.text import pieces
 from softlabels.errors import MismatchError
@@ -93,7 +94,7 @@ def main(changes: Sequence[str] = ()) -> None:
     """Trains and measures everything that is not there yet, and writes README's table."""
     settings = load_spec(HERE / "bench.yaml", Settings, changes)
     run(settings)
-    write_table(summarise(settings.out))
+    put("bench-lm", as_markdown(summarise(settings.out)))
 
 
 def run(settings: Settings) -> None:

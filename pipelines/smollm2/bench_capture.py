@@ -11,7 +11,6 @@ captures 64 sequences, and of one that captures 512. The table goes into README.
 
 import argparse
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -27,14 +26,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from pipelines.readme import put, require_place
 from pipelines.smollm2.teacher import NAME, teacher_folder
 from softlabels.teacher.causal import quiet_transformers
 from softlabels.teacher.labeller import Labeller
 from softlabels.teacher.run import Unit, prepare
 from softlabels.teacher.spec import SequenceCaptureSpec
 
-README = Path("README.md")
-MARKS = ("<!-- bench-lm-capture -->\n", "<!-- /bench-lm-capture -->")
 TEXT = "data/lm/train.parquet"
 LENGTH = 512
 ROWS = 2
@@ -60,12 +58,13 @@ def main() -> None:
     if asked.peak_of is not None:
         print(json.dumps(peak_of(asked.peak_of, asked.memory_length)))
         return
+    require_place("bench-lm-capture")
     with tempfile.TemporaryDirectory() as folder:
         found = measure(folder, asked.pairs)
     peaks = {count: in_a_process(count, asked) for count in (64, 512)}
     table = as_markdown(found, peaks, asked)
     print(table, end="")
-    write(table)
+    put("bench-lm-capture", table)
 
 
 def spec_of(folder: str, length: int, draws: int, batch_tokens: int) -> SequenceCaptureSpec:
@@ -184,15 +183,6 @@ def as_markdown(
 def spread(ratios: list[float]) -> str:
     """Median, least and greatest."""
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-
-
-def write(table: str) -> None:
-    """Replaces the table between README's marks."""
-    start, end = (re.escape(mark) for mark in MARKS)
-    text = README.read_text()
-    README.write_text(
-        re.sub(f"({start}).*?({end})", lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
-    )
 
 
 if __name__ == "__main__":

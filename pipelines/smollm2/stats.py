@@ -6,21 +6,20 @@ Captures the held-out pages once (128 ids, 128 draws, profile precise: some minu
 `softlabels stats` says of that table into README.md.
 """
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
+from pipelines.readme import put, require_place
 from pipelines.smollm2.teacher import teacher_folder
 
-README = Path("README.md")
 SPEC = "pipelines/smollm2/capture-stats.yaml"
 OUT = Path("out/stats-lm")
-MARKS = ("<!-- stats-lm -->\n", "<!-- /stats-lm -->")
 
 
 def main() -> None:
     """Captures what is not there yet, measures, and writes README's table."""
+    require_place("stats-lm")
     teacher_folder()
     table, found = f"{OUT}/labels", OUT / "stats.md"
     for command in (
@@ -30,12 +29,7 @@ def main() -> None:
     ):
         print("$ softlabels", *command, flush=True)
         subprocess.run([sys.executable, "-m", "softlabels", *command], check=True)
-    start, end = (re.escape(mark) for mark in MARKS)
-    text = README.read_text()
-    said = found.read_text().replace(f"{Path.cwd()}/", "")
-    README.write_text(
-        re.sub(f"({start}).*?({end})", lambda m: m[1] + said + m[2], text, flags=re.DOTALL)
-    )
+    put("stats-lm", found.read_text().replace(f"{Path.cwd()}/", ""))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ whole live distribution, 0: no nearer than those of hard labels; paired by seed,
 """
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,13 +18,12 @@ import pyarrow as pa
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipelines.readme import put
 from pipelines.smollm2 import pictures
 from pipelines.smollm2.arms import CURVE, MAIN, Arm, rounded
 from softlabels.schema import table_schema
 from softlabels.store import shards
 
-README = Path("README.md")
-MARKS = ("<!-- bench-lm -->\n", "<!-- /bench-lm -->")
 TARGETS = ("topk_ids", "topk_logprobs", "tail_logprob", "sampled_ids")
 """Columns that a soft target is made of; the rest of a row a table of hard labels has too."""
 
@@ -50,16 +48,6 @@ def summarise(out: Path) -> dict[str, Any]:
     pictures.draw_gap(out / "gap.png", points)
     pictures.draw_ids(out / "ids.png", points[-1])
     return summary
-
-
-def write_table(summary: Mapping[str, Any], readme: Path = README) -> None:
-    """Puts the last point's table between README's marks, where it has them."""
-    start, end = (re.escape(mark) for mark in MARKS)
-    text = readme.read_text()
-    table = as_markdown(summary)
-    readme.write_text(
-        re.sub(f"({start}).*?({end})", lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
-    )
 
 
 def as_markdown(summary: Mapping[str, Any]) -> str:
@@ -180,4 +168,7 @@ def _share(found: Mapping[str, Any], key: str) -> str:
 
 
 if __name__ == "__main__":
-    write_table(summarise(Path(sys.argv[1] if len(sys.argv) > 1 else "out/bench-lm")))
+    put(
+        "bench-lm",
+        as_markdown(summarise(Path(sys.argv[1] if len(sys.argv) > 1 else "out/bench-lm"))),
+    )
