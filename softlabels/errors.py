@@ -25,6 +25,10 @@ class MismatchError(SoftLabelsError):
     """Two things that must fit do not: label spaces, temperatures, weights, plan and files."""
 
 
+class RecipeMismatchError(MismatchError, BadInputError):
+    """Tables that one recipe names do not fit each other: it cannot be meant."""
+
+
 class IntegrityError(SoftLabelsError):
     """Bytes are not those that were written: a checksum, a length or a format version is wrong."""
 

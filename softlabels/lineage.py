@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from softlabels.errors import MismatchError
 from softlabels.fingerprint import sha256_json
@@ -31,7 +31,7 @@ class TeacherLineage(_Frozen):
 
     name: str
     revision: str = ""
-    kind: Literal["torch", "hf", "onnx", "recorded"]
+    kind: Literal["torch", "hf", "onnx", "recorded", "ensemble"]
     code: str
     code_sha256: str | None = None
     arguments: Mapping[str, Any] = {}
@@ -74,6 +74,62 @@ class Recorded(_Frozen):
     tail_error: float | None = None
 
 
+class Parent(_Frozen):
+    """A table version that another was made of.
+
+    Attributes:
+        name: what the spec calls it.
+        snapshot_digest: of the version.
+        version: its number in its table.
+        teacher: the name of its teacher.
+        weight: a number, or the SQL expression over its `labels` that gave one for each row;
+            relative to the other parents'.
+        by_class: weights in its place, by class.
+        temperature: at which its targets were taken.
+    """
+
+    name: str
+    snapshot_digest: str
+    version: int
+    teacher: str
+    weight: float | str = 1.0
+    by_class: Mapping[str, float] = {}
+    temperature: float = 1.0
+
+
+class Calibration(_Frozen):
+    """How a table's labels were tempered after they were captured.
+
+    Attributes:
+        temperature: T; the distributions are softmax(log p / T) of the parent's p.
+        snapshot_digest: of the parent, the version that they were made of.
+        fitted: whether T is the fit below; else it was given.
+        where: SQL that chose the labelled rows; null: all.
+        rows: labelled positions that T was fitted on; 0 where it was given.
+        held_out: labelled positions of the other examples, on which the figures below are.
+        nll_before: mean -log p(label), nats, of the parent; null without labels.
+        nll_after: the same of these labels.
+        ece_before: expected calibration error of the likeliest class, 0 to 1, of the parent.
+        ece_after: the same of these labels.
+    """
+
+    temperature: float
+    snapshot_digest: str
+    fitted: bool
+    where: str | None = None
+    rows: int = 0
+    held_out: int = 0
+    nll_before: float | None = None
+    nll_after: float | None = None
+    ece_before: float | None = None
+    ece_after: float | None = None
+
+
+_LATER = ("parents", "calibration")
+"""Fields that were added when tables were there already: they are written only where they are set,
+so that what is stored of other tables, and made from it, stays the same bytes."""
+
+
 class Contents(_Frozen):
     """What is the same in every row of a table version.
 
@@ -96,6 +152,8 @@ class Contents(_Frozen):
         logits_width: rows of the teacher's head where they are more than V; those above were cut
             and the rest renormalised.
         recorded: of an import, how its values came about.
+        parents: of an ensemble's table, the versions that it mixes.
+        calibration: of a table that was calibrated, what was done to the teacher's labels.
     """
 
     teacher: TeacherLineage
@@ -114,6 +172,16 @@ class Contents(_Frozen):
     seed: int = 0
     logits_width: int | None = None
     recorded: Recorded | None = None
+    parents: tuple[Parent, ...] = ()
+    calibration: Calibration | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_later(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = write(self)
+        for name in _LATER:
+            if name in found and getattr(self, name) == type(self).model_fields[name].default:
+                del found[name]
+        return found
 
     def digest(self) -> str:
         """The sha256 of these contents.

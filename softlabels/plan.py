@@ -6,44 +6,56 @@ which loss weight; its metadata holds the recipe, each table's lineage and every
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from softlabels.errors import BadInputError, IntegrityError, one_line
-from softlabels.fingerprint import canonical_json, sha256_bytes, sha256_json
+from softlabels.fingerprint import canonical_json, sha256_json
 from softlabels.lineage import Contents
+from softlabels.plan_entries import (
+    ENSEMBLE_ENTRIES,
+    ENTRIES,
+    MEMBERS,
+    check_members,
+    entries_digest,
+    entries_table,
+    join_entries,
+    member_entries,
+    member_weights,
+    num_members,
+)
 from softlabels.rules import PositionRules
 from softlabels.storage import Root, open_root, safe_relative
 
+__all__ = [
+    "ENSEMBLE",
+    "ENTRIES",
+    "FORMAT_VERSION",
+    "POSITIONS",
+    "Plan",
+    "PlanFile",
+    "PlanTable",
+    "SourceReport",
+    "ValueCount",
+    "entries_table",
+    "join_entries",
+]
+
 FORMAT_VERSION = 1
 POSITIONS = "positions"
-FEATURES: frozenset[str] = frozenset({POSITIONS})
+ENSEMBLE = "ensemble"
+FEATURES: frozenset[str] = frozenset({POSITIONS, ENSEMBLE})
 """What this release can do beyond the plain plan; a plan that needs more is refused."""
 
 _META = b"softlabels.plan"
 _UNREADABLE = (pa.ArrowException, OSError, LookupError, TypeError, ValueError, RecursionError)
 """What damaged bytes, or metadata of the wrong shape, make reading a plan raise."""
-
-ENTRIES = pa.schema(
-    [
-        pa.field("stage", pa.int32(), nullable=False),  # curriculum stage, read in order
-        pa.field("table", pa.string(), nullable=False),  # name of one of the plan's tables
-        pa.field("file", pa.string(), nullable=False),  # path below the table's root
-        pa.field("row_group", pa.int32(), nullable=False),
-        pa.field("offset", pa.int64(), nullable=False),  # rows an epoch before this entry
-        pa.field("num_rows", pa.int32(), nullable=False),  # rows taken from the row group, once
-        pa.field("rows", pa.list_(pa.field("element", pa.int32(), nullable=False))),  # null: all
-        pa.field("repeats", pa.int32(), nullable=False),  # times an epoch
-        pa.field("loss_weight", pa.float32(), nullable=False),
-    ]
-)
 
 
 class _Frozen(BaseModel):
@@ -64,7 +76,10 @@ class PlanTable(_Frozen):
     """One table version: its name in the recipe, where it was, what it held, its files in use.
 
     `positions` are the rules of its positions, where it has any; the plan then lists the feature
-    "positions". A version that is read by different rules is several of a plan's tables.
+    "positions". `temperature` is the one at which its targets are taken, which it stores: a loss at
+    temperature T has them at `temperature` times T. Where it is not 1, the plan lists "ensemble".
+    A version that is read by different rules or at different temperatures is several of a plan's
+    tables.
     """
 
     name: str
@@ -74,6 +89,16 @@ class PlanTable(_Frozen):
     contents: Contents
     files: tuple[PlanFile, ...]
     positions: PositionRules | None = None
+    temperature: FiniteFloat = Field(default=1.0, gt=0)
+
+
+class ValueCount(_Frozen):
+    """Rows and reads an epoch of one value that `balance` goes by, or of `others` values."""
+
+    value: str | None
+    rows: int
+    reads: int
+    others: int = 0
 
 
 class SourceReport(_Frozen):
@@ -92,6 +117,8 @@ class SourceReport(_Frozen):
         positions: of the rows that came before position rules; None where there are none.
         positions_kept: of them, those that pass the rules.
         positions_unknown: of them, those that fail because a value is not known.
+        chosen: of `kept`, how many are read of which teacher, where one is chosen for each row.
+        values: rows and reads of the values of `balance`, the most frequent ones first.
     """
 
     source: str
@@ -106,6 +133,8 @@ class SourceReport(_Frozen):
     positions: int | None = None
     positions_kept: int | None = None
     positions_unknown: int | None = None
+    chosen: Mapping[str, int] | None = None
+    values: tuple[ValueCount, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +143,8 @@ class Plan:
 
     Attributes:
         tables: by name.
-        entries: ENTRIES rows, in plan order.
+        entries: ENTRIES rows, in plan order; ENSEMBLE_ENTRIES where rows have several teachers,
+            which the feature "ensemble" says.
         recipe: what it was made from, table locations left out.
         report: what became of each source.
         features: what a reader must be able to do.
@@ -157,21 +187,37 @@ class Plan:
                             canonical_json(f.model_dump(exclude={"path"}, exclude_defaults=True))
                             for f in t.files
                         ),
-                        **_rules(t),
+                        **_added(t),
                     }
                     for t in sorted(self.tables.values(), key=lambda t: t.name)
                 ],
-                "entries": _entries_digest(self._entries_by_content()),
+                "entries": entries_digest(
+                    self.entries,
+                    {(t.name, f.path): f.sha256 for t in self.tables.values() for f in t.files},
+                ),
             }
         )
 
-    def _entries_by_content(self) -> pa.Table:
-        """The entries with each file's sha256 in the place of its path."""
-        digests = {(t.name, f.path): f.sha256 for t in self.tables.values() for f in t.files}
-        pairs = zip(*(self.entries[name].to_pylist() for name in ("table", "file")), strict=True)
-        named = pa.array([digests.get(pair, pair[1]) for pair in pairs], pa.string())
-        place = self.entries.schema.get_field_index("file")
-        return self.entries.set_column(place, ENTRIES.field("file"), named)
+    @property
+    def num_members(self) -> int:
+        """T, the most teachers that a row has; 1 without ensembles."""
+        return num_members(self.entries)
+
+    def member(self, slot: int) -> pa.Table | None:
+        """What the teacher `slot` of each entry reads, as ENTRIES; None from `num_members` on.
+
+        As many rows as `entries`, with `num_rows` 0 where an entry has no such teacher; row j of
+        one is the example of row j of the entry, so that `rows` need not rise. Position rules are
+        those of slot 0: its positions are taken of the others, whatever values they have there.
+        """
+        return member_entries(self.entries, slot) if slot < self.num_members else None
+
+    def member_weights(self, slot: int) -> pa.ListArray:
+        """The weights of the teacher `slot`: float32 for each row of each entry.
+
+        A list is empty where the entry has no such teacher; plain rows have 1 in the slot 0.
+        """
+        return member_weights(self.entries, slot)
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan to a local path or URI; equal plans give equal bytes."""
@@ -207,9 +253,10 @@ class Plan:
             entries = file.read()
             meta = json.loads((file.schema_arrow.metadata or {})[_META])
             _require_known(meta, str(path))
+            schema = ENSEMBLE_ENTRIES if ENSEMBLE in meta["features"] else ENTRIES
             plan = cls(
                 tables={t["name"]: PlanTable.model_validate(t) for t in meta["tables"]},
-                entries=entries.replace_schema_metadata(None).cast(ENTRIES),
+                entries=entries.replace_schema_metadata(None).cast(schema),
                 recipe=meta["recipe"],
                 report=tuple(SourceReport.model_validate(s) for s in meta["report"]),
                 features=tuple(meta["features"]),
@@ -264,68 +311,47 @@ class Plan:
         ):
             if file not in files.get(name, ()):
                 raise IntegrityError(f"the plan reads file {file!r} of table {name!r}, not listed")
-        for name, table in self.tables.items():
-            if table.positions is not None and POSITIONS not in self.features:
+        if MEMBERS.name in self.entries.schema.names:
+            check_members(
+                self.entries,
+                {(t.name, f.path): f.num_rows for t in self.tables.values() for f in t.files},
+            )
+        for table in self.tables.values():
+            self._check_table(table)
+
+    def _check_table(self, table: PlanTable) -> None:
+        needed = {POSITIONS: table.positions is not None, ENSEMBLE: table.temperature != 1}
+        for feature, what in ((POSITIONS, "position rules"), (ENSEMBLE, "a temperature")):
+            if needed[feature] and feature not in self.features:
                 raise IntegrityError(
-                    f"table {name!r} has position rules, the plan's features are "
+                    f"table {table.name!r} has {what}, the plan's features are "
                     f"{list(self.features)!r}: it was not made by softlabels"
                 )
+        stored = (1.0, *table.contents.temperatures)
+        if table.temperature not in stored:
+            raise IntegrityError(
+                f"table {table.name!r} is read at temperature {table.temperature!r}, it stores "
+                f"{list(stored)!r}: the plan was not made by softlabels"
+            )
 
 
-def entries_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """ENTRIES from rows without `offset`, which is added in the order given.
-
-    Args:
-        rows: mappings with the fields of ENTRIES; `rows` None or row indexes, rising.
-    """
-    offset, complete = 0, []
-    for row in rows:
-        complete.append({**row, "offset": offset})
-        offset += row["num_rows"] * row["repeats"]
-    return pa.Table.from_pylist(complete, schema=ENTRIES)
-
-
-def _rules(table: PlanTable) -> dict[str, Any]:
-    # Left out where there are none: plans without rules keep their fingerprints.
-    return {} if table.positions is None else {"positions": table.positions.model_dump(mode="json")}
+def _added(table: PlanTable) -> dict[str, Any]:
+    # Left out where they say nothing: plans without them keep their fingerprints.
+    found: dict[str, Any] = {}
+    if table.positions is not None:
+        found["positions"] = table.positions.model_dump(mode="json")
+    if table.temperature != 1:
+        found["temperature"] = table.temperature
+    return found
 
 
 def _stored(model: PlanTable | SourceReport) -> dict[str, Any]:
-    """As JSON; without what position rules add where there are none, as before there were any."""
+    """As JSON; fields that were added later have a default, and are left out where they have it."""
     values = model.model_dump(mode="json")
-    return {
-        name: value
-        for name, value in values.items()
-        if value is not None or not name.startswith(POSITIONS)
-    }
-
-
-def _entries_digest(entries: pa.Table) -> str:
-    # Values, not Parquet bytes: those change with the pyarrow that wrote them.
-    sink = pa.BufferOutputStream()
-    plain = entries.replace_schema_metadata(None).cast(ENTRIES).combine_chunks()
-    for name in ENTRIES.names:
-        column = plain[name]
-        if name == "rows":
-            lengths = pc.fill_null(pc.list_value_length(column), -1)
-            sink.write(_digest_of_ints(lengths))
-            column = pc.list_flatten(column)
-        if pa.types.is_string(column.type):
-            sink.write(sha256_json(column.to_pylist()).encode())
-        else:
-            sink.write(_digest_of_ints(column))
-    return sha256_bytes(memoryview(sink.getvalue()))
-
-
-def _digest_of_ints(column: pa.ChunkedArray) -> bytes:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    width = array.type.bit_width // 8
-    buffer = array.buffers()[1]
-    start = array.offset * width
-    data = memoryview(buffer)[start : start + len(array) * width] if buffer is not None else b""
-    return sha256_bytes(data).encode()
+    for name, field in type(model).model_fields.items():
+        if not field.is_required() and getattr(model, name) == field.default:
+            del values[name]
+    return values
 
 
 def _require_known(meta: Mapping[str, Any], path: str) -> None:

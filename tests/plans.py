@@ -1,9 +1,12 @@
 """Plans built by hand over real tables: what tests of readers start from, without `query`."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from softlabels.plan import Plan, PlanFile, PlanTable, entries_table
+import numpy as np
+
+from softlabels.plan import ENSEMBLE, Plan, PlanFile, PlanTable, entries_table
 from softlabels.store import shards
 from softlabels.store.table import Table
 
@@ -53,6 +56,73 @@ def make_plan(
                 }
             )
     return Plan(plan_tables, entries_table(rows), recipe or {"tables": list(tables)})
+
+
+def make_ensemble_plan(
+    tables: Mapping[str, Table],
+    *,
+    weights: Mapping[str, float | Callable[[str], float]] | None = None,
+    temperatures: Mapping[str, float] | None = None,
+    partial: bool = False,
+) -> Plan:
+    """A plan in which all tables are teachers of the first one's rows, in its order.
+
+    Args:
+        tables: by name, the first member first.
+        weights: of each, a number or one from an example id, 1 when not given; normalised by row.
+        temperatures: of each, 1 when not given.
+        partial: whether a row that a later table lacks comes with fewer teachers; else it is left
+            out.
+    """
+    (first, table), *others = tables.items()
+    places = {name: _places(other) for name, other in others}
+    rows: list[dict[str, Any]] = []
+    for example, place in _places(table).items():
+        found = {first: place} | {n: at[example] for n, at in places.items() if example in at}
+        if len(found) < len(tables) and not partial:
+            continue
+        asked = [_weight((weights or {}).get(name, 1.0), example) for name in found]
+        shares = np.asarray(asked, np.float64) / sum(asked)
+        rows.append({"at": found, "weights": shares.astype(np.float32)})
+    entries = []
+    for _, run in itertools.groupby(rows, key=lambda r: [(n, p[:2]) for n, p in r["at"].items()]):
+        together = list(run)
+        members = [
+            {
+                "table": name,
+                "file": together[0]["at"][name][0],
+                "row_group": together[0]["at"][name][1],
+                "rows": [row["at"][name][2] for row in together],
+                "weights": [float(row["weights"][slot]) for row in together],
+            }
+            for slot, name in enumerate(together[0]["at"])
+        ]
+        own = {name: members[0][name] for name in ("table", "file", "row_group", "rows")}
+        alone = len(members) == 1
+        entries.append(
+            {"stage": 0, **own, "num_rows": len(together), "repeats": 1, "loss_weight": 1.0}
+            | {"members": None if alone else members}
+        )
+    heat = temperatures or {}
+    plan_tables = {
+        name: plan_table(name, t).model_copy(update={"temperature": float(heat.get(name, 1))})
+        for name, t in tables.items()
+    }
+    return Plan(plan_tables, entries_table(entries), {"ensemble": list(tables)}, (), (ENSEMBLE,))
+
+
+def _places(table: Table) -> dict[str, tuple[str, int, int]]:
+    """(file, row group, row) of each example."""
+    ids = [batch["example_id"].to_pylist() for batch in table.batches(["example_id"])]
+    return {
+        example: (file, group, row)
+        for (file, group, _), examples in zip(row_groups(table), ids, strict=True)
+        for row, example in enumerate(examples)
+    }
+
+
+def _weight(asked: float | Callable[[str], float], example: str) -> float:
+    return asked(example) if callable(asked) else asked
 
 
 def plan_table(name: str, table: Table) -> PlanTable:

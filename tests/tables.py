@@ -112,12 +112,13 @@ def make_table(
     carried: Mapping[str, pa.Array] | None = None,
     prefix: str = "x",
     name: str = "random",
+    order: Sequence[int] | None = None,
 ) -> Table:
     """A real table: ceil(rows / shard_rows) files of row groups of `row_group_rows`, one commit.
 
     Row i has example_id f"{prefix}{i:05d}", label i % classes, and dense_logprobs(rows, classes,
     seed)[i] as the teacher's distribution, rounded by `profile`. `carried` adds columns of length
-    `rows`.
+    `rows`. `order` says at which places rows are stored instead: row order[0] first.
     """
     carried = dict(carried or {})
     teacher = TeacherLineage(name=name, kind="torch", code="tests.tables:x", revision=str(seed))
@@ -144,6 +145,8 @@ def make_table(
     }
     arrays = [columns[f.name] if f.name in columns else pa.nulls(rows, f.type) for f in schema]
     batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
+    if order is not None:
+        batch = batch.take(pa.array(order))
     table = Table.open_or_create(str(folder), schema, contents)
     run_id = f"{seed:064x}"
     units = []

@@ -12,6 +12,7 @@ from softlabels import errors
         ("BadInputError", 2),
         ("DataError", 1),
         ("MismatchError", 1),
+        ("RecipeMismatchError", 2),
         ("IntegrityError", 1),
         ("StorageError", 1),
         ("TryAgainError", 75),
@@ -23,5 +24,5 @@ def test_exit_codes(name: str, code: int) -> None:
 
 def test_every_error_is_listed_and_can_be_caught_as_one() -> None:
     found = {name for name, value in vars(errors).items() if isinstance(value, type)}
-    assert len(found) == 7
+    assert len(found) == 8
     assert all(issubclass(getattr(errors, name), errors.SoftLabelsError) for name in found)

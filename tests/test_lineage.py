@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from softlabels.errors import MismatchError
-from softlabels.lineage import Contents, RunLineage, TeacherLineage
+from softlabels.lineage import Contents, Parent, RunLineage, TeacherLineage
 from tests.tables import make_contents, make_lineage
 
 
@@ -89,3 +89,19 @@ def test_records_refuse_what_they_do_not_know() -> None:
         Contents.model_validate({**make_contents().model_dump(), "kk": 3})
     with pytest.raises(ValidationError):
         make_contents().k = 3
+
+
+def test_parents_are_written_only_where_there_are_some() -> None:
+    plain = make_contents()
+    assert "parents" not in plain.model_dump(mode="json")
+    assert "parents" not in plain.model_dump_json()
+    assert Contents.model_validate_json(plain.model_dump_json()) == plain
+    parent = Parent(
+        name="a", snapshot_digest="1" * 64, version=3, teacher="t", weight="margin", temperature=2
+    )
+    mixed = plain.model_copy(update={"parents": (parent,)})
+    stored = mixed.model_dump_json()
+    assert Contents.model_validate_json(stored) == mixed
+    assert Contents.model_validate_json(stored).digest() == mixed.digest() != plain.digest()
+    with pytest.raises(MismatchError, match="parents differs"):
+        mixed.require_same(plain, "the run", "table 't'")

@@ -125,14 +125,21 @@ def _examples(images: make_data.Images, labels: make_data.Labels) -> Examples:
     return Examples(decode({"image": column}), torch.from_numpy(labels.astype(np.int64)))
 
 
-def fit(train: Examples, validation: Examples, epochs: int) -> tuple[ConvTeacher, int]:
+def fit(
+    train: Examples,
+    validation: Examples,
+    epochs: int,
+    widths: tuple[int, int, int, int] | None = None,
+) -> tuple[ConvTeacher, int]:
     """Returns the teacher of the epoch with the lowest validation NLL, and that epoch (from 1).
+
+    `widths` are the model's channels; None: its own.
 
     Cross-entropy on hard labels without label smoothing: smoothing erases the differences between
     wrong classes, which are what a student learns from.
     Source: Müller, Kornblith, Hinton, When Does Label Smoothing Help?, NeurIPS 2019.
     """
-    model = ConvTeacher()
+    model = ConvTeacher() if widths is None else ConvTeacher(widths)
     optimiser = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     steps = -(-len(train.labels) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LR, total_steps=epochs * steps)
@@ -228,17 +235,17 @@ def measure(values: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     return {name: round(figure.item(), 5) for name, figure in figures.items()}
 
 
-def save(model: ConvTeacher, record: dict[str, object], folder: Path) -> str:
+def save(model: ConvTeacher, record: dict[str, object], folder: Path, name: str = "teacher") -> str:
     """Returns the last line for the terminal, after writing weights and record into `folder`.
 
     All metadata is one JSON string under one key: safetensors does not fix the order of keys.
     """
-    weights = folder / "teacher.safetensors"
+    weights = folder / f"{name}.safetensors"
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     lineage = {key: record[key] for key in ("model", "trained_on", "seeds", "torch")}
     save_file(tensors, weights, {"lineage": json.dumps(lineage, sort_keys=True)})
     text = json.dumps(record, indent=2, ensure_ascii=False)
-    (folder / "teacher.json").write_text(text + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     return f"{weights}: {record['parameters']} parameters, {weights.stat().st_size} bytes"
 
 

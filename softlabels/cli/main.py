@@ -54,6 +54,7 @@ def run() -> None:
 def _missing(error: ModuleNotFoundError) -> str:
     extras = {"deltalake": "teacher", "duckdb": "query", "polars": "query", "torch": "student"}
     extras |= {"safetensors": "student", "matplotlib": "report", "s3fs": "s3", "transformers": "hf"}
+    extras |= {"jinja2": "report"}
     module = (error.name or "").split(".")[0]
     if module in extras:
         return f"this command needs {module!r}: pip install 'softlabels[{extras[module]}]'"
@@ -76,11 +77,28 @@ def _root(
 
 
 # Registration only: none of these modules imports a heavy package at its top.
-from softlabels.cli import capture, query, recorded, reference, student, table  # noqa: E402
+from softlabels.cli import (  # noqa: E402
+    capture,
+    ensemble,
+    plans,
+    query,
+    recorded,
+    reference,
+    repair,
+    report,
+    sql,
+    student,
+    table,
+)
 
 capture.register(app)
 recorded.register(app)
 table.register(app)
+sql.register(app)
 query.register(app)
+plans.register(app)
+ensemble.register(app)
+repair.register(app)
 student.register(app)
+report.register(app)
 reference.register(app)

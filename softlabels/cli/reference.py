@@ -1,7 +1,9 @@
 """spec: every key of a YAML file, with its default and what it means."""
 
 import inspect
+import itertools
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
-Kind = Literal["capture", "capture-text", "import", "recipe", "run"]
+Kind = Literal["capture", "capture-text", "import", "recipe", "ensemble", "run"]
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +26,8 @@ def spec(
         Kind,
         typer.Argument(
             help="capture: a classifier over Parquet. capture-text: a language model over text. "
-            "import: recorded log-probs. recipe: for mix. run: for train."
+            "import: recorded log-probs. recipe: for mix. ensemble: one table of several. "
+            "run: for train."
         ),
     ],
 ) -> None:
@@ -32,8 +35,18 @@ def spec(
 
     Example: softlabels spec capture-text > job.yaml
     """
-    for line in _lines(_model(kind), ""):
+    model = _model(kind)
+    for line in (*_example(model), *_lines(model, "")):
         print(line)
+
+
+def _example(model: "type[BaseModel]") -> Iterator[str]:
+    """The example in the docstring of a model's module, where it begins with one, as comments."""
+    text = inspect.cleandoc(sys.modules[model.__module__].__doc__ or "")
+    first, _, rest = text.partition("\n\n")
+    lines = list(itertools.takewhile(lambda line: line.startswith("    "), rest.splitlines()))
+    if lines:
+        yield from (f"#   {line[4:]}" for line in (f"    {first} For example:", *lines))
 
 
 def _model(kind: Kind) -> "type[BaseModel]":
@@ -41,6 +54,10 @@ def _model(kind: Kind) -> "type[BaseModel]":
         from softlabels.query.recipe import Recipe
 
         return Recipe
+    if kind == "ensemble":
+        from softlabels.query.materialise import EnsembleSpec
+
+        return EnsembleSpec
     if kind == "run":
         from softlabels.student.spec import RunSpec
 
@@ -56,9 +73,9 @@ def _model(kind: Kind) -> "type[BaseModel]":
 
 def _lines(model: "type[BaseModel]", indent: str) -> Iterator[str]:
     meanings = _meanings(model)
-    for name, field in model.model_fields.items():
+    for attribute, field in model.model_fields.items():
         inner, shape = _inner(field.annotation)
-        meaning = meanings.get(name, "")
+        name, meaning = field.alias or attribute, meanings.get(attribute, "")
         if inner is None:
             yield f"{indent}{name}: {_default(field)}  # {meaning}".rstrip(" #")
             continue

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from softlabels.errors import BadInputError, IntegrityError
 from softlabels.query.positions import Positions
-from softlabels.query.selection import Numbers, Selection, files_of, row_groups
+from softlabels.query.selection import Numbers, files_of, row_groups
 from softlabels.rules import Column, PositionRules, known, per_row, stored_columns, values_of
 from softlabels.store import shards
 from softlabels.store.table import Table
@@ -25,25 +25,25 @@ _PENDING = 1 << 20
 
 @dataclass(frozen=True)
 class Judged:
-    """What rules leave of a selection.
+    """What rules leave of some rows.
 
     Attributes:
-        selection: rows with at least one position; the others are dropped for "positions".
+        left: bool [n], rows with at least one position.
         rules: with thresholds in the place of shares.
         positions: of the rows that were judged.
         kept: of them, how many pass.
         unknown: of them, how many fail because a value is not known.
     """
 
-    selection: Selection
+    left: npt.NDArray[np.bool_]
     rules: PositionRules
     positions: int
     kept: int
     unknown: int
 
 
-def judge(table: Table, positions: Positions, selection: Selection) -> Judged:
-    """What is left of a selection of `table`.
+def judge(table: Table, positions: Positions, rows: Numbers) -> Judged:
+    """What is left of `rows`, rising, of a table.
 
     Raises:
         BadInputError: a share is asked by a column that no position knows.
@@ -51,7 +51,7 @@ def judge(table: Table, positions: Positions, selection: Selection) -> Judged:
     """
     threshold = None
     if positions.ranked is not None:
-        values, counts, total = _distribution(table, positions.ranked, selection.rows)
+        values, counts, total = _distribution(table, positions.ranked, rows)
         if not len(values):
             raise BadInputError(
                 f"positions: top {positions.top!r} by {positions.by!r}: none of {total} positions "
@@ -60,17 +60,13 @@ def judge(table: Table, positions: Positions, selection: Selection) -> Judged:
         threshold = positions.threshold(values, counts, total)
     rules = positions.rules(threshold)
     left, total, kept, unknown = [np.zeros(0, np.bool_)], 0, 0, 0
-    for targets in _targets(table, selection.rows, rules.columns):
+    for targets in _targets(table, rows, rules.columns):
         passed = rules.keep(targets)
         left.append(per_row(passed, targets.num_positions) > 0)
         total += len(passed)
         kept += int(passed.sum())
         unknown += int(rules.unknown(targets).sum())
-    rows = np.concatenate(left)
-    keys = selection.keys
-    dropped = {**selection.dropped, "positions": len(rows) - int(rows.sum())}
-    found = Selection(selection.rows[rows], None if keys is None else keys[rows], dropped)
-    return Judged(found, rules, total, kept, unknown)
+    return Judged(np.concatenate(left), rules, total, kept, unknown)
 
 
 def _distribution(

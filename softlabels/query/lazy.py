@@ -52,6 +52,8 @@ def scan_positions(table: str | Table) -> pl.LazyFrame:
         pl.when(first >= 0).then(top1_prob).alias("top1_prob"),
         "token_id",
         "segment",
+        pl.col("ids").alias("topk_ids"),
+        pl.col("logprobs").alias("topk_logprobs"),
     )
 
 

@@ -4,95 +4,137 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from softlabels.errors import BadInputError, MismatchError
-from softlabels.plan import POSITIONS, Plan, PlanFile, PlanTable, SourceReport, entries_table
-from softlabels.query.judging import Judged, judge
-from softlabels.query.recipe import Recipe, Source
-from softlabels.query.selection import (
-    Numbers,
-    RowGroups,
-    Selection,
-    files_of,
-    lowest,
-    row_groups,
-    select,
+from softlabels.errors import BadInputError, MismatchError, RecipeMismatchError
+from softlabels.plan import (
+    ENSEMBLE,
+    POSITIONS,
+    Plan,
+    PlanFile,
+    PlanTable,
+    SourceReport,
+    ValueCount,
+    join_entries,
 )
-from softlabels.rules import PositionRules
+from softlabels.query.ensemble import Part, ensemble_entries, require_alike
+from softlabels.query.entries import plain_entries
+from softlabels.query.recipe import Recipe
+from softlabels.query.sampling import (
+    Numbers,
+    Taken,
+    balanced_reads,
+    even_parts,
+    largest_remainder,
+    parts_of,
+    require_readable,
+    systematic_reads,
+)
+from softlabels.query.selection import RowGroups, files_of, row_groups
+from softlabels.query.sources import Gathered, Piece, check, gather
 from softlabels.storage import open_root
 from softlabels.store import tags
 from softlabels.store.table import Table, TableFile
 
 __all__ = ["Recipe", "mix", "pin"]
 
-_ALIKE = ("num_classes", "classes", "tokenizer_sha256", "alignment")
-"""What tables of one plan must have in common for a student to learn from all of them."""
+SHOWN_VALUES = 20
+"""Values of `balance` that a report counts one by one."""
 
 
 @dataclass(frozen=True)
 class _Mixed:
-    """One source on its way into a plan; `reads` are rows an epoch, `judged` what rules left."""
+    """One source on its way into a plan; `reads` are rows an epoch, `names` its pieces' tables."""
 
-    name: str
-    source: Source
-    table_name: str
-    selection: Selection
-    judged: Judged | None
+    gathered: Gathered
     reads: int
+    seed: int
+    names: Sequence[str]
 
-    @property
-    def kept(self) -> int:
-        return len(self.selection.rows)
+    @cached_property
+    def counts(self) -> Numbers | None:
+        """Reads of each row of the selection; None: they come alike."""
+        source, selection = self.gathered.source, self.gathered.selection
+        if selection.keys is None:
+            return None
+        if source.balance is not None:
+            codes = selection.columns["balance"]
+            used = np.bincount(codes) > 0  # other steps may have dropped all rows of a value
+            codes = (np.cumsum(used) - 1)[codes]
+            temperature = source.balance.temperature
+            return balanced_reads(codes, selection.keys, self.reads, temperature)
+        if source.sample_by is not None:
+            values = selection.columns["sample_by"]
+            return systematic_reads(values, selection.keys, self.reads, self.seed)
+        return None
 
     @cached_property
     def parts(self) -> list[tuple[Numbers, int]]:
-        """Row numbers and how often they come: all of them, then some once more."""
-        times, rest = divmod(self.reads, self.kept)
-        parts = [(self.selection.rows, times)] if times else []
-        if rest and self.selection.keys is not None:
-            parts.append((self.selection.rows[lowest(self.selection.keys, rest)], 1))
-        return parts
+        """Places in the selection, rising, and how often these rows come."""
+        if self.counts is not None:
+            return parts_of(self.counts)
+        return even_parts(self.gathered.selection.keys, self.gathered.kept, self.reads)
+
+    @property
+    def kept(self) -> int:
+        """Distinct rows that are read."""
+        if self.counts is not None:
+            return int(np.count_nonzero(self.counts))
+        return min(self.gathered.kept, self.reads)
+
+    def rows_read(self, piece: Piece) -> list[tuple[Numbers, int]]:
+        """Row numbers of a piece and how often they come."""
+        read = []
+        for places, times in self.parts:
+            if self.gathered.source.choose is None:
+                whole = len(places) == len(piece.rows)
+                read.append((piece.rows if whole else piece.rows[places], times))
+                continue
+            wanted = np.zeros(self.gathered.kept, np.bool_)
+            wanted[places] = True
+            read.append((piece.rows[wanted[piece.places]], times))
+        return [(rows, times) for rows, times in read if len(rows)]
 
 
 def mix(recipe: Recipe) -> Plan:
     """The plan of a recipe.
 
-    Entries are ordered by stage, then source as in the recipe, then file, then row group. Sources
-    of one table version and the same position rules share one of the plan's tables, which has the
-    name of the first of them.
+    Entries are ordered by stage, then source as in the recipe, then (where a source chooses) by
+    teacher, then file, then row group. Sources of one table version, the same position rules and
+    temperature share one of the plan's tables, which has the name of the first of them.
     The plan's fingerprint is the same on any machine, from any copy of the same versions.
 
     Raises:
-        BadInputError: a table is not there, a source is left without rows, `where` is wrong, a
-            position rule asks for what the table has not.
-        MismatchError: two sources have different label spaces, tokenizers or alignments.
+        BadInputError: a table is not there, a source is left without rows, an expression is wrong,
+            a position rule asks for what the table has not.
+        RecipeMismatchError: tables have different label spaces, tokenizers or alignments, or
+            teachers of an ensemble do not fit each other.
         IntegrityError: a file is not as its table's log says.
     """
-    tables = {name: Table.open(source.table) for name, source in recipe.sources.items()}
-    _require_alike(tables)
-    selections = {name: _select(recipe, name, tables[name]) for name in tables}
-    reads = _reads(recipe, {name: len(s.rows) for name, (s, _) in selections.items()})
-    rules = {name: judged.rules if judged else None for name, (_, judged) in selections.items()}
-    owners = _table_names(tables, rules)
-    mixed = [
-        _Mixed(name, source, owners[name], *selections[name], reads[name])
-        for name, source in recipe.sources.items()
+    tables = _open(recipe)
+    for name, source in recipe.sources.items():
+        check(name, source, tables[name])
+    taken = Taken() if recipe.once else None
+    gathered = [
+        gather(recipe, name, tables[name], _needs_keys(recipe, name), taken) for name in tables
     ]
-    groups = {
-        name: _row_groups(tables[name], name, mixed) for name in dict.fromkeys(owners.values())
-    }
-    rows = [row for m in sorted(mixed, key=lambda m: m.source.stage) for row in _entries(m, groups)]
+    reads = _reads(recipe, {g.name: g.kept for g in gathered})
+    owners = _table_names(gathered)
+    mixed = [_Mixed(g, reads[g.name], recipe.seed, owners[g.name]) for g in gathered]
+    used, groups = _used(mixed)
+    entries = join_entries(
+        [_entries(m, groups) for m in sorted(mixed, key=lambda m: m.gathered.source.stage)]
+    )
+    rules = any(piece.rules for piece in used.values())
+    several = any(g.aligned is not None for g in gathered)
     return Plan(
-        tables={
-            name: _plan_table(name, tables[name], g, rules[name]) for name, g in groups.items()
-        },
-        entries=entries_table(rows),
+        tables={name: _plan_table(name, piece, groups[name]) for name, piece in used.items()},
+        entries=entries,
         recipe=recipe.normalised(),
-        report=tuple(_report(m, recipe, tables[m.name], sum(reads.values())) for m in mixed),
-        features=(POSITIONS,) if any(rules.values()) else (),
+        report=tuple(_report(m, recipe, sum(reads.values())) for m in mixed),
+        features=(*([POSITIONS] if rules else []), *([ENSEMBLE] if several else [])),
     )
 
 
@@ -115,46 +157,39 @@ def pin(plan: Plan) -> list[str]:
     return made
 
 
-def _require_alike(tables: Mapping[str, Table]) -> None:
-    (first, one), *others = tables.items()
-    for name, other in others:
-        for part in _ALIKE:
-            here, there = getattr(one.contents, part), getattr(other.contents, part)
-            if here != there:
-                raise MismatchError(
-                    f"{part} differs: source {first!r} has {here!r}, source {name!r} has "
-                    f"{there!r}; a student learns one label space: mix them in separate plans"
-                )
-
-
-def _select(recipe: Recipe, name: str, table: Table) -> tuple[Selection, Judged | None]:
-    source = recipe.sources[name]
-    subset = source.weight is not None or Fraction(str(source.repeats or 1)).denominator > 1
-    judged = None
+def _open(recipe: Recipe) -> dict[str, dict[str, Table]]:
+    """The tables of each source's teachers; one reference is opened once, at one version."""
+    opened: dict[str, Table] = {}
+    tables: dict[str, dict[str, Table]] = {}
+    for name, source in recipe.sources.items():
+        for reference in source.references.values():
+            if reference not in opened:
+                opened[reference] = Table.open(reference)
+        tables[name] = {t: opened[reference] for t, reference in source.references.items()}
+    named = {_dotted(name, t): table for name, of in tables.items() for t, table in of.items()}
     try:
-        selection = select(table, source, recipe.seed, subset)
-        if source.positions is not None and len(selection.rows):
-            judged = judge(table, source.positions, selection)
-            selection = judged.selection
-    except BadInputError as error:
-        raise BadInputError(f"source {name!r}: {error}") from error
-    if not len(selection.rows):
-        reasons = ", ".join(f"{why} drops {n}" for why, n in selection.dropped.items())
-        if judged is not None and judged.unknown:
-            reasons += (
-                f"; {judged.unknown} of {judged.positions} positions lack a value that the rule "
-                "compares, and so fail it"
-            )
-        raise BadInputError(
-            f"source {name!r} is left without rows: {source.table!r} has {table.num_rows}"
-            + (f", {reasons}" if reasons else "")
+        require_alike(
+            named, "source", "a student learns one label space: mix them in separate plans"
         )
-    return selection, judged
+    except MismatchError as error:
+        raise RecipeMismatchError(str(error)) from error
+    return tables
+
+
+def _dotted(source: str, teacher: str) -> str:
+    return f"{source}.{teacher}" if teacher else source
+
+
+def _needs_keys(recipe: Recipe, name: str) -> bool:
+    source = recipe.sources[name]
+    return source.weight is not None or Fraction(str(source.repeats or 1)).denominator > 1
 
 
 def _reads(recipe: Recipe, kept: Mapping[str, int]) -> dict[str, int]:
     if recipe.weighted:
-        reads = _quotas(_shares(recipe), kept, recipe.rows)
+        shares = _shares(recipe)
+        rows = recipe.rows or max(-int(-kept[name] // share) for name, share in shares.items())
+        reads = largest_remainder(shares, rows)
     else:
         reads = {
             name: int(Fraction(str(source.repeats or 1)) * kept[name] + Fraction(1, 2))
@@ -166,6 +201,9 @@ def _reads(recipe: Recipe, kept: Mapping[str, int]) -> dict[str, int]:
                 f"source {name!r} comes to 0 of {sum(reads.values())} rows an epoch: "
                 "give it a larger weight or repeats, or more rows"
             )
+        source = recipe.sources[name]
+        uneven = source.sample_by is not None or source.balance is not None
+        require_readable(name, count, kept[name], uneven)
     return reads
 
 
@@ -175,67 +213,57 @@ def _shares(recipe: Recipe) -> dict[str, Fraction]:
     return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
 
-def _quotas(
-    shares: Mapping[str, Fraction], kept: Mapping[str, int], rows: int | None
-) -> dict[str, int]:
-    """Rows an epoch by source: each within one row of its share, together exactly `rows`."""
-    if rows is None:
-        rows = max(-int(-kept[name] // share) for name, share in shares.items())
-    exact = {name: rows * share for name, share in shares.items()}
-    quotas = {name: int(value) for name, value in exact.items()}
-    # Largest remainders first; sorting is stable, so the recipe's order breaks ties.
-    by_remainder = sorted(exact, key=lambda name: quotas[name] - exact[name])
-    for name in by_remainder[: rows - sum(quotas.values())]:
-        quotas[name] += 1
-    return quotas
+def _table_names(gathered: Sequence[Gathered]) -> dict[str, list[str]]:
+    """What the plan calls the table of each piece, by source."""
+    first: dict[tuple[object, ...], str] = {}
+    found: dict[str, list[str]] = {}
+    for source in gathered:
+        names = found.setdefault(source.name, [])
+        for piece in source.pieces:
+            name = _dotted(source.name, piece.teacher)
+            while name in first.values():  # "a.b" may be a source, and the teacher b of a
+                name += "'"
+            key = (piece.table.snapshot_digest, piece.rules, piece.temperature)
+            names.append(first.setdefault(key, name))
+    return found
 
 
-def _table_names(
-    tables: Mapping[str, Table], rules: Mapping[str, PositionRules | None]
-) -> dict[str, str]:
-    first: dict[tuple[str, PositionRules | None], str] = {}
-    return {
-        name: first.setdefault((table.snapshot_digest, rules[name]), name)
-        for name, table in tables.items()
-    }
-
-
-def _row_groups(table: Table, name: str, mixed: Sequence[_Mixed]) -> RowGroups:
-    used: set[str] = set()
+def _used(mixed: Sequence[_Mixed]) -> tuple[dict[str, Piece], dict[str, RowGroups]]:
+    """Of each of the plan's tables a piece, and the row groups of the files that are read."""
+    pieces: dict[str, Piece] = {}
+    paths: dict[str, set[str]] = {}
     for m in mixed:
-        if m.table_name == name:
-            for rows, _ in m.parts:
-                used |= {file.path for file in files_of(table, rows)}
-    return row_groups(table, [file for file in table.files if file.path in used])
+        for name, piece in zip(m.names, m.gathered.pieces, strict=True):
+            for rows, _ in m.rows_read(piece):
+                pieces.setdefault(name, piece)
+                files = files_of(piece.table, rows)
+                paths.setdefault(name, set()).update(file.path for file in files)
+    groups = {}
+    for name, piece in pieces.items():
+        files = [file for file in piece.table.files if file.path in paths[name]]
+        groups[name] = row_groups(piece.table, files)
+    return pieces, groups
 
 
-def _entries(mixed: _Mixed, groups: Mapping[str, RowGroups]) -> list[dict[str, Any]]:
-    found = groups[mixed.table_name]
-    entries = []
-    for part, (rows, repeats) in enumerate(mixed.parts):
-        firsts = np.searchsorted(rows, found.starts)
-        lasts = np.searchsorted(rows, found.starts + found.sizes)
-        for group in np.flatnonzero(lasts > firsts).tolist():
-            taken = rows[firsts[group] : lasts[group]]
-            whole = len(taken) == found.sizes[group]
-            entry = {
-                "stage": mixed.source.stage,
-                "table": mixed.table_name,
-                "file": found.files[group].path,
-                "row_group": found.indexes[group],
-                "num_rows": len(taken),
-                "rows": None if whole else (taken - found.starts[group]).astype(np.int32),
-                "repeats": repeats,
-                "loss_weight": mixed.source.loss_weight,
-            }
-            entries.append((group, part, entry))
-    return [entry for *_, entry in sorted(entries, key=lambda e: e[:2])]
+def _entries(mixed: _Mixed, groups: Mapping[str, RowGroups]) -> pa.Table:
+    found, source = mixed.gathered, mixed.gathered.source
+    if found.aligned is not None:
+        teachers = [piece.teacher for piece in found.pieces]
+        parts = [Part(found.selection.rows[places], times) for places, times in mixed.parts]
+        names = dict(zip(teachers, mixed.names, strict=True))
+        of = {teacher: groups[name] for teacher, name in names.items()}
+        return ensemble_entries(found.aligned, parts, of, names, source.stage, source.loss_weight)
+    pieces = zip(mixed.names, found.pieces, strict=True)
+    read = [(name, rows) for name, piece in pieces if (rows := mixed.rows_read(piece))]
+    stage, weight = source.stage, source.loss_weight
+    return pa.concat_tables(
+        [plain_entries(rows, groups[name], name, stage, weight) for name, rows in read]
+    )
 
 
-def _plan_table(
-    name: str, table: Table, groups: RowGroups, rules: PositionRules | None
-) -> PlanTable:
+def _plan_table(name: str, piece: Piece, groups: RowGroups) -> PlanTable:
     files: dict[str, TableFile] = {file.path: file for file in groups.files}
+    table = piece.table
     return PlanTable(
         name=name,
         uri=table.root.uri,
@@ -252,27 +280,64 @@ def _plan_table(
             )
             for file in files.values()
         ),
-        positions=rules,
+        positions=piece.rules,
+        temperature=piece.temperature,
     )
 
 
-def _report(mixed: _Mixed, recipe: Recipe, table: Table, total: int) -> SourceReport:
-    dropped = dict(mixed.selection.dropped)
-    judged = mixed.judged
-    kept = min(mixed.kept, mixed.reads)
-    if kept < mixed.kept:
-        dropped["weight" if recipe.weighted else "repeats"] = mixed.kept - kept
+def _report(mixed: _Mixed, recipe: Recipe, total: int) -> SourceReport:
+    found, source = mixed.gathered, mixed.gathered.source
+    dropped = dict(found.selection.dropped)
+    if mixed.kept < found.kept:
+        named = {"balance": source.balance, "sample_by": source.sample_by}
+        reasons = [name for name, setting in named.items() if setting is not None]
+        reasons.append("weight" if recipe.weighted else "repeats")
+        dropped[reasons[0]] = found.kept - mixed.kept
+    used = [n for n, p in zip(mixed.names, found.pieces, strict=True) if mixed.rows_read(p)]
+    sums = [sum(getattr(j, n) for j in found.judged) for n in ("positions", "kept", "unknown")]
+    positions, positions_kept, unknown = sums if found.judged else (None, None, None)
     return SourceReport(
-        source=mixed.name,
-        table=mixed.table_name,
-        rows=table.num_rows,
+        source=found.name,
+        table=used[0],
+        rows=found.table.num_rows,
         dropped=dropped,
-        kept=kept,
+        kept=mixed.kept,
         reads=mixed.reads,
-        share_asked=float(_shares(recipe)[mixed.name]) if recipe.weighted else None,
+        share_asked=float(_shares(recipe)[found.name]) if recipe.weighted else None,
         share=mixed.reads / total,
-        loss_weight=mixed.source.loss_weight,
-        positions=judged.positions if judged else None,
-        positions_kept=judged.kept if judged else None,
-        positions_unknown=judged.unknown if judged else None,
+        loss_weight=source.loss_weight,
+        positions=positions,
+        positions_kept=positions_kept,
+        positions_unknown=unknown,
+        chosen=_chosen(mixed) if source.choose is not None else None,
+        values=_values(mixed),
     )
+
+
+def _chosen(mixed: _Mixed) -> dict[str, int]:
+    """Distinct rows that are read of each teacher."""
+    return {
+        piece.teacher: sum(len(rows) for rows, _ in mixed.rows_read(piece))
+        for piece in mixed.gathered.pieces
+    }
+
+
+def _values(mixed: _Mixed) -> tuple[ValueCount, ...] | None:
+    """Rows and reads of the values of `balance`: those with most rows, then all others."""
+    selection, reads = mixed.gathered.selection, mixed.counts
+    if mixed.gathered.source.balance is None or reads is None:
+        return None
+    codes = selection.columns["balance"]
+    rows = np.bincount(codes, minlength=len(selection.values))
+    read = np.zeros(len(rows), np.int64)
+    np.add.at(read, codes, reads)
+    order = np.argsort(-rows, kind="stable")[: np.count_nonzero(rows)]
+    shown, rest = order[:SHOWN_VALUES], order[SHOWN_VALUES:]
+    found = [
+        ValueCount(value=selection.values[n], rows=int(rows[n]), reads=int(read[n]))
+        for n in shown.tolist()
+    ]
+    if len(rest):
+        counts = {"rows": int(rows[rest].sum()), "reads": int(read[rest].sum())}
+        found.append(ValueCount(value=None, others=len(rest), **counts))
+    return tuple(found)

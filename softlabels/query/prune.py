@@ -4,10 +4,11 @@ Only plain comparisons of a column with a number are understood, joined by AND a
 not understood may match, so that a file is never passed over wrongly.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Bounds = Mapping[str, tuple[Any, Any]]
+Names = Callable[[Sequence[str]], str]
 
 _SLACK = 1e-6
 """Relative: a float32 column compares with the nearest float32 of a number, not with the number."""
@@ -21,37 +22,45 @@ _MIRRORED = {
 }
 
 
-def may_match(tree: Mapping[str, Any], bounds: Bounds) -> bool:
+def last_name(names: Sequence[str]) -> str:
+    """The lower-case column of a reference "labels.Entropy", where there is one relation."""
+    return names[-1].lower()
+
+
+def may_match(tree: Mapping[str, Any], bounds: Bounds, name_of: Names = last_name) -> bool:
     """Whether a row within `bounds` can fulfil a predicate, given as its parse tree.
 
     Args:
         tree: as `check_expression` gives it.
         bounds: least and greatest value by lower-case column name; absent: unknown.
+        name_of: gives the key of `bounds` that a reference's parts mean, "" for none.
     """
     kind = tree.get("type")
+
+    def compare(kind: str, column: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+        known = column.get("class") == "COLUMN_REF"
+        return _compare(kind, name_of(column["column_names"]) if known else "", value, bounds)
+
     if kind == "CONJUNCTION_AND":
-        return all(may_match(child, bounds) for child in tree["children"])
+        return all(may_match(child, bounds, name_of) for child in tree["children"])
     if kind == "CONJUNCTION_OR":
-        return any(may_match(child, bounds) for child in tree["children"])
+        return any(may_match(child, bounds, name_of) for child in tree["children"])
     if kind == "COMPARE_BETWEEN":
-        return _compare("COMPARE_GREATERTHANOREQUALTO", tree["input"], tree["lower"], bounds) and (
-            _compare("COMPARE_LESSTHANOREQUALTO", tree["input"], tree["upper"], bounds)
+        return compare("COMPARE_GREATERTHANOREQUALTO", tree["input"], tree["lower"]) and (
+            compare("COMPARE_LESSTHANOREQUALTO", tree["input"], tree["upper"])
         )
     if kind == "COMPARE_IN":
         column, *values = tree["children"]
-        return any(_compare("COMPARE_EQUAL", column, value, bounds) for value in values)
+        return any(compare("COMPARE_EQUAL", column, value) for value in values)
     if kind in _MIRRORED:
         left, right = tree["left"], tree["right"]
         if left.get("class") == "COLUMN_REF":
-            return _compare(kind, left, right, bounds)
-        return _compare(_MIRRORED[kind], right, left, bounds)
+            return compare(kind, left, right)
+        return compare(_MIRRORED[kind], right, left)
     return True
 
 
-def _compare(
-    kind: str, column: Mapping[str, Any], value: Mapping[str, Any], bounds: Bounds
-) -> bool:
-    name = column["column_names"][-1].lower() if column.get("class") == "COLUMN_REF" else ""
+def _compare(kind: str, name: str, value: Mapping[str, Any], bounds: Bounds) -> bool:
     number = _number(value)
     if name not in bounds or number is None:
         return True

@@ -6,25 +6,39 @@ taken depends on their content and the seed alone, never on how files hold them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from softlabels.errors import BadInputError, IntegrityError
 from softlabels.query import sql as text
+from softlabels.query.expressions import check_source
 from softlabels.query.prune import may_match
-from softlabels.query.recipe import Source
+from softlabels.query.recipe import Each, Source
+from softlabels.query.sampling import Keys, Numbers, Taken, lowest, rank_in_value
 from softlabels.query.view import FILE_COLUMN, NUMBERED, ROW_COLUMN, Session, read_footer
 from softlabels.store import shards
 from softlabels.store.table import Table, TableFile
 from softlabels.targets import to_numpy
 
-Numbers = npt.NDArray[np.int64]
-Keys = npt.NDArray[np.uint64]
+__all__ = [
+    "Keys",
+    "Numbers",
+    "RowGroups",
+    "Selection",
+    "files_of",
+    "lowest",
+    "row_groups",
+    "select",
+]
+
+MOST_VALUES = 100_000
+"""Values that `balance` tells apart."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +49,29 @@ class Selection:
         rows: their numbers, int64 [n], rising.
         keys: uint64 [n], the first 16 hex digits of md5("seed/example_id/view"), by which subsets
             are taken, lowest first; None where no subset was asked for.
-        dropped: rows left out, by reason.
+        dropped: rows left out, by reason, in the order in which they were.
+        columns: more about each row, [n]: "low" (the last 16 digits, for `once`), "balance" (code
+            of its value, from 0, or -1), "sample_by" (float64).
+        values: what the codes of "balance" stand for, as text.
     """
 
     rows: Numbers
     keys: Keys | None
     dropped: Mapping[str, int] = field(default_factory=dict)
+    columns: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    values: Sequence[str] = ()
+
+    def keep(self, which: npt.NDArray[Any], reason: str | None = None) -> "Selection":
+        """The rows `which`, a mask or rising places; the others are dropped for `reason`."""
+        rows = self.rows[which]
+        dropped = dict(self.dropped)
+        if reason is not None:
+            dropped[reason] = dropped.get(reason, 0) + len(self.rows) - len(rows)
+        if len(rows) == len(self.rows):
+            return Selection(self.rows, self.keys, dropped, self.columns, self.values)
+        keys = None if self.keys is None else self.keys[which]
+        columns = {name: column[which] for name, column in self.columns.items()}
+        return Selection(rows, keys, dropped, columns, self.values)
 
 
 @dataclass(frozen=True)
@@ -59,53 +90,87 @@ class RowGroups:
     sizes: Numbers
 
 
-def select(table: Table, source: Source, seed: int, with_keys: bool) -> Selection:
-    """The rows that pass the source's `where`, `fraction` and `limit`.
+def select(
+    table: Table, source: Source, seed: int, with_keys: bool, taken: Taken | None = None
+) -> Selection:
+    """The rows that pass the source's `where`, `split`, `fraction`, `limit`, and are not taken.
 
     Args:
-        table: the version that it reads.
+        table: the version that it reads; of several teachers' the first one's.
         source: of a recipe.
         seed: of the recipe.
         with_keys: whether keys are wanted even if the source itself takes no subset.
+        taken: examples that no other source may take; None: any may.
 
     Raises:
-        BadInputError: `where` names an unknown column or cannot be computed.
+        BadInputError: an expression names an unknown column, is of a wrong type or cannot be
+            computed; a value of `sample_by` is not finite or below 0.
         IntegrityError: a file is not as the log says.
     """
-    with_keys = with_keys or source.fraction is not None or source.limit is not None
-    if source.where is None and not with_keys:
+    check_source(source, table)
+    by_hash = (source.fraction, source.limit, source.balance, source.sample_by, taken)
+    with_keys = with_keys or any(part is not None for part in by_hash)
+    if source.where is None and source.split is None and not with_keys:
         return Selection(np.arange(table.num_rows, dtype=np.int64), None)
-    rows, keys = _judge(table, source.where, seed, with_keys)
+    wanted = _wanted(source, seed, with_keys, taken is not None)
+    rows, found = _read(table, source.where, wanted)
+    keys = _flat(found.pop("key"), np.uint64) if with_keys else None
     dropped = {} if source.where is None else {"where": table.num_rows - len(rows)}
-    if source.fraction is not None and keys is not None and source.fraction < 1:
-        kept = keys < np.uint64(int(source.fraction * 2**64))
-        dropped["fraction"] = len(rows) - int(kept.sum())
-        rows, keys = rows[kept], keys[kept]
-    if source.limit is not None and keys is not None:
-        first = lowest(keys, source.limit)
-        dropped["limit"] = len(rows) - len(first)
-        rows, keys = rows[first], keys[first]
-    return Selection(rows, keys, dropped)
+    columns: dict[str, npt.NDArray[Any]] = {}
+    values: list[str] = []
+    if "low" in found:
+        columns["low"] = _flat(found.pop("low"), np.uint64)
+    if "limit" in found:
+        columns["limit"], _ = _codes("limit.by", found.pop("limit"), False)
+    if "balance" in found:
+        columns["balance"], values = _codes("balance.by", found.pop("balance"), True)
+    if "sample_by" in found:
+        columns["sample_by"] = _flat(pc.fill_null(found.pop("sample_by"), np.nan), np.float64)
+    selection = Selection(rows, keys, dropped, columns, values)
+    if source.split is not None:
+        side = _flat(found.pop("split"), np.uint64)
+        # The decimal that was written, not its nearest binary float.
+        held = side < np.uint64(int(Fraction(str(source.split.holdout)) * 2**64))
+        selection = selection.keep(held == (source.split.take == "holdout"), "split")
+    if taken is not None and selection.keys is not None:
+        unseen = taken.unseen(selection.keys, selection.columns["low"])
+        selection = selection.keep(unseen, "once")
+    return _sampled(_limited(selection, source), source)
 
 
-def lowest(keys: Keys, count: int) -> Numbers:
-    """Rising indexes of the `count` lowest keys, or of all when there are fewer."""
-    if count >= len(keys):
-        return np.arange(len(keys), dtype=np.int64)
-    border = np.partition(keys, count - 1)[count - 1]
-    below = np.flatnonzero(keys < border)
-    at = np.flatnonzero(keys == border)[: count - len(below)]
-    return np.sort(np.concatenate([below, at])).astype(np.int64)
+def _limited(selection: Selection, source: Source) -> Selection:
+    """What `fraction` and `limit` leave, and of `balance` the rows that have a value."""
+    if source.fraction is not None and selection.keys is not None and source.fraction < 1:
+        kept = selection.keys < np.uint64(int(source.fraction * 2**64))
+        selection = selection.keep(kept, "fraction")
+    if isinstance(source.limit, Each):
+        selection = selection.keep(selection.columns["limit"] >= 0, "limit: null")
+    keys = selection.keys
+    if isinstance(source.limit, Each) and keys is not None:
+        ranks = rank_in_value(selection.columns["limit"], keys)
+        selection = selection.keep(ranks < source.limit.each, "limit")
+    elif isinstance(source.limit, int) and keys is not None:
+        selection = selection.keep(lowest(keys, source.limit), "limit")
+    if source.balance is not None:
+        selection = selection.keep(selection.columns["balance"] >= 0, "balance: null")
+    return selection
 
 
-def check_columns(where: str, table: Table) -> None:
-    """Raises BadInputError unless `where`, a checked expression, fits the table's columns."""
-    with duckdb.connect(":memory:") as con:
-        con.register("labels", table.schema.empty_table())
-        try:
-            con.sql(f"SELECT 1 FROM labels WHERE ({where}\n)").to_arrow_table()
-        except duckdb.Error as error:
-            raise BadInputError(f"where {where!r}: {text.one_line(error)}") from error
+def _sampled(selection: Selection, source: Source) -> Selection:
+    """Without the rows that `sample_by` gives 0."""
+    if source.sample_by is None:
+        return selection
+    values = selection.columns["sample_by"]
+    wrong = ~(np.isfinite(values) & (values >= 0))
+    if wrong.any():
+        found = values[int(np.argmax(wrong))]
+        shown = "NULL or NaN" if np.isnan(found) else repr(float(found))
+        raise BadInputError(
+            f"sample_by {source.sample_by!r} is {shown} for a row (and wrong for "
+            f"{int(wrong.sum())} of {len(values)}): expected a finite number of at least 0; leave "
+            "such rows out with where"
+        )
+    return selection.keep(values > 0, "sample_by: 0")
 
 
 def row_groups(table: Table, files: Sequence[TableFile]) -> RowGroups:
@@ -139,36 +204,90 @@ def files_of(table: Table, rows: Numbers) -> list[TableFile]:
     return [table.files[int(index)] for index in used]
 
 
-def _judge(
-    table: Table, where: str | None, seed: int, with_keys: bool
-) -> tuple[Numbers, Keys | None]:
-    files = list(table.files)
-    columns = {"example_id", "view"} if with_keys else set()
-    if where is not None:
-        tree = text.check_expression(where)
-        check_columns(where, table)
-        files = [file for file in files if may_match(tree, file.bounds)]
-        columns |= text.column_names(tree)
+def _wanted(source: Source, seed: int, with_keys: bool, with_low: bool) -> dict[str, str]:
+    """SQL of what is wanted of each row, by name."""
     # md5 is what it is in any release of DuckDB; its own hash() is not.
     digest = f"md5('{int(seed)}/' || example_id || '/' || \"view\")"
-    key = f"('0x' || left({digest}, 16))::UBIGINT" if with_keys else "0::UBIGINT"
+    wanted = {}
+    if with_keys:
+        wanted["key"] = f"('0x' || left({digest}, 16))::UBIGINT"
+    if with_low:
+        wanted["low"] = f"('0x' || right({digest}, 16))::UBIGINT"
+    if source.split is not None:
+        side = f"md5('split/{int(source.split.seed)}/' || example_id)"
+        wanted["split"] = f"('0x' || left({side}, 16))::UBIGINT"
+    if isinstance(source.limit, Each):
+        wanted["limit"] = f"({source.limit.by}\n)"
+    if source.balance is not None:
+        wanted["balance"] = f"({source.balance.by}\n)"
+    if source.sample_by is not None:
+        wanted["sample_by"] = f"({source.sample_by}\n)::DOUBLE"
+    return wanted
+
+
+def _read(
+    table: Table, where: str | None, wanted: Mapping[str, str]
+) -> tuple[Numbers, dict[str, pa.ChunkedArray]]:
+    """Numbers of the rows that pass `where`, rising, and what is wanted of each."""
+    files = list(table.files)
+    columns: set[str] = set()
+    if where is not None:
+        tree = text.check_expression(where)
+        files = [file for file in files if may_match(tree, file.bounds)]
+        columns |= text.column_names(tree)
+    for expression in wanted.values():
+        columns |= text.column_names(text.check_expression(expression))
     condition = "" if where is None else f"WHERE ({where}\n)"
+    names = {name: f"softlabels_{name}" for name in wanted}
+    listed = "".join(f", {wanted[name]} AS {alias}" for name, alias in names.items())
     with Session({"": table}, columns, files) as session:
         found = session.run(
-            f"SELECT {FILE_COLUMN}, {ROW_COLUMN}, {key} AS key "
-            f"FROM {NUMBERED} AS labels {condition}"
+            f"SELECT {FILE_COLUMN}, {ROW_COLUMN}{listed} FROM {NUMBERED} AS labels {condition}"
         )
-    file_index, row, keys = (_flat(column) for column in found.columns)
-    if not len(row):
-        return np.zeros(0, np.int64), np.zeros(0, np.uint64) if with_keys else None
+    values = {name: found[alias] for name, alias in names.items()}
+    if not found.num_rows:
+        return np.zeros(0, np.int64), values
     starts = dict(zip((f.path for f in table.files), _file_starts(table.files), strict=True))
-    numbers = np.array([starts[file.path] for file in files], np.int64)[file_index] + row
-    order = np.argsort(numbers, kind="stable")
-    return numbers[order], keys[order] if with_keys else None
+    firsts = np.array([starts[file.path] for file in files], np.int64)
+    numbers = firsts[_flat(found[FILE_COLUMN], np.int64)] + _flat(found[ROW_COLUMN], np.int64)
+    if len(numbers) > 1 and not (numbers[1:] > numbers[:-1]).all():
+        order = np.argsort(numbers, kind="stable")
+        numbers, taken = numbers[order], pa.array(order)
+        values = {name: column.take(taken) for name, column in values.items()}
+    return numbers, values
 
 
-def _flat(column: pa.ChunkedArray) -> Any:
-    kind = np.uint64 if pa.types.is_unsigned_integer(column.type) else np.int64
+def _codes(key: str, column: pa.ChunkedArray, few: bool) -> tuple[Numbers, list[str]]:
+    """A number from 0 for each row's value, -1 for NULL and NaN; where `few`, the values as text.
+
+    Numbers then go by the order of the values, whatever the order of the rows.
+    """
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, pc.add(column, 0.0))  # -0 is 0
+    encoded = column.combine_chunks().dictionary_encode()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = pa.concat_arrays(encoded.chunks)
+    codes = to_numpy(pc.fill_null(encoded.indices.cast(pa.int64()), -1), np.int64)
+    count = len(encoded.dictionary)
+    if not few:
+        return codes, []
+    if count > MOST_VALUES:
+        raise BadInputError(
+            f"{key}: it has {count} values, at most {MOST_VALUES} can be told apart; of numbers, "
+            "take coarser ones, like round(entropy, 1)"
+        )
+    values = encoded.dictionary.to_pylist()
+    order = sorted(range(count), key=values.__getitem__)
+    places = np.empty(count + 1, np.int64)
+    places[order], places[-1] = np.arange(count), -1  # the code -1 is the last place
+    return places[codes], [_shown(values[place]) for place in order]
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _flat(column: pa.ChunkedArray, kind: type[np.generic]) -> Any:
     parts = [to_numpy(chunk, kind) for chunk in column.chunks]
     return np.concatenate(parts) if parts else np.zeros(0, kind)
 

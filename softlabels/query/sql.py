@@ -21,6 +21,8 @@ _TABLE_FUNCTIONS = {"unnest", "range", "generate_series"}
 # Words that are no function calls to the parser and yet are answered by one.
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
 _UNREADABLE = "the query cannot be read: "
+_SCHEMAS = frozenset({"main", "temp", "system", "pg_catalog", "information_schema"})
+_CSV_SETTINGS = re.compile(r"\.? Possible (?:solutions|fixes): .*?file = (.*?) delimiter = .*")
 _REFUSED_FUNCTIONS = {"current_setting", "getenv", "getvariable", "sleep_ms", "write_log"}
 
 Tree = Mapping[str, Any]
@@ -39,7 +41,8 @@ def quote_text(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """What DuckDB says is wrong, on one line, with its suggestions and without the excerpt."""
     text = str(error).split("\n\nLINE ")[0].removeprefix("INTERNAL Error: ")
-    return " ".join(text.split())
+    # Of a CSV file it lists all its settings: which file it is, is enough.
+    return _CSV_SETTINGS.sub(r", file \1", " ".join(text.split()))
 
 
 def suggestion(name: str, known: Collection[str]) -> str:
@@ -64,36 +67,45 @@ def check_query(sql: str, relations: Collection[str]) -> Tree:
     if taken := given & _catalogue_views():
         raise BadInputError(f"WITH {sorted(taken)[0]!r}: that name is DuckDB's own, choose another")
     allowed = given | {name.lower() for name in relations}
-    for node in _dicts(tree):
+    for node in dicts(tree):
         _check_node(node, allowed, relations)
     return tree
 
 
-def check_expression(where: str) -> Tree:
+def check_expression(where: str, key: str = "where") -> Tree:
     """The parse tree of `where`, which is one expression whose value rows alone decide.
 
     It must parse both bare and in parentheses, to the same tree: bare text alone could add
     clauses (`x LIMIT 3`), text in parentheses alone could close them (`x) UNION (SELECT y`).
 
+    Args:
+        where: what the user wrote.
+        key: what messages call it.
+
     Raises:
         BadInputError: it is no single expression, holds a subquery, a parameter or a function
             that does not give the same value each time.
     """
-    bare, wrapped = (_parse_where(where, text) for text in (f"{where}\n", f"({where}\n)"))
+    bare, wrapped = (_parse_where(where, text, key) for text in (f"{where}\n", f"({where}\n)"))
     if bare is None or _without_locations(bare) != _without_locations(wrapped):
-        raise BadInputError(f"where {where!r}: expected one expression, like 'entropy > 0.5'")
+        raise BadInputError(f"{key} {where!r}: expected one expression, like 'entropy > 0.5'")
     unstable = _unstable_functions()
-    for node in _dicts(bare):
+    for node in dicts(bare):
         kind = node.get("class")
         if kind == "SUBQUERY":
-            raise BadInputError(f"where {where!r}: a subquery is refused: it sees other rows")
+            raise BadInputError(f"{key} {where!r}: a subquery is refused: it sees other rows")
         if kind == "PARAMETER":
-            raise BadInputError(f"where {where!r}: a parameter has no value here")
+            raise BadInputError(f"{key} {where!r}: a parameter has no value here")
         names = node.get("column_names") or [node.get("function_name", "")]
         unsure = _CLOCKS if kind == "COLUMN_REF" else unstable
         if names[-1].lower() in unsure:
-            raise BadInputError(f"where {where!r}: {names[-1]!r} is not decided by the row alone")
+            raise BadInputError(f"{key} {where!r}: {names[-1]!r} is not decided by the row alone")
     return bare
+
+
+def own_names() -> frozenset[str]:
+    """Lower-case names of schemas and relations that DuckDB has from the start."""
+    return _SCHEMAS | _catalogue_views()
 
 
 def column_names(tree: Any) -> set[str]:
@@ -105,17 +117,45 @@ def column_names(tree: Any) -> set[str]:
 
 def relation_names(tree: Any) -> set[str]:
     """Lower-case last names of all relations that a parse tree reads."""
-    return {n["table_name"].lower() for n in _dicts(tree) if n.get("type") == "BASE_TABLE"}
+    return {n["table_name"].lower() for n in dicts(tree) if n.get("type") == "BASE_TABLE"}
+
+
+def relation_aliases(tree: Any) -> set[str]:
+    """Lower-case names under which a query may mean a relation's whole rows."""
+    named = {n[part] for n in dicts(tree) for part in ("table_name", "key") if n.get(part)}
+    return {name.lower() for name in named | _aliases(tree, "from_table", "left", "right")}
+
+
+def select_aliases(tree: Any) -> set[str]:
+    """Lower-case names that a query gives to what it selects."""
+    return {name.lower() for name in _aliases(tree, "select_list")}
 
 
 def takes_all_columns(tree: Any) -> bool:
-    """Whether a parse tree takes columns that it does not name: by *, NATURAL JOIN or PIVOT."""
+    """Whether a parse tree takes columns that it does not name: by *, NATURAL JOIN, PIVOT, #1."""
     return any(
-        node.get("class") == "STAR"
+        node.get("class") in ("STAR", "POSITIONAL_REFERENCE")
         or node.get("ref_type") == "NATURAL"
         or node.get("type") == "PIVOT"
-        for node in _dicts(tree)
+        for node in dicts(tree)
     )
+
+
+def dicts(value: Any) -> Iterator[Tree]:
+    """All nodes of a parse tree, outer ones first."""
+    if isinstance(value, dict):
+        yield value
+        for child in value.values():
+            yield from dicts(child)
+    elif isinstance(value, list):
+        for child in value:
+            yield from dicts(child)
+
+
+def _aliases(tree: Any, *parts: str) -> set[str]:
+    found = [node[part] for node in dicts(tree) for part in parts if node.get(part)]
+    nodes = [node for part in found for node in (part if isinstance(part, list) else [part])]
+    return {node["alias"] for node in nodes if node.get("alias")}
 
 
 def _parse_select(sql: str) -> Tree:
@@ -135,12 +175,12 @@ def _parse_select(sql: str) -> Tree:
     return tree
 
 
-def _parse_where(where: str, clause: str) -> Tree | None:
+def _parse_where(where: str, clause: str, key: str) -> Tree | None:
     try:
         tree = _parse_select(f"SELECT 1 FROM labels WHERE {clause}")
     except BadInputError as error:
         reason = str(error).removeprefix(_UNREADABLE)
-        raise BadInputError(f"where {where!r}: expected one expression: {reason}") from error
+        raise BadInputError(f"{key} {where!r}: expected one expression: {reason}") from error
     return tree.get("where_clause")
 
 
@@ -200,18 +240,8 @@ def _listed(relations: Collection[str]) -> str:
     return ", ".join(sorted(relations))
 
 
-def _dicts(value: Any) -> Iterator[Tree]:
-    if isinstance(value, dict):
-        yield value
-        for child in value.values():
-            yield from _dicts(child)
-    elif isinstance(value, list):
-        for child in value:
-            yield from _dicts(child)
-
-
 def _find(value: Any, key: str) -> Iterator[Tree]:
-    return (node for node in _dicts(value) if key in node)
+    return (node for node in dicts(value) if key in node)
 
 
 def _without_locations(value: Any) -> Any:

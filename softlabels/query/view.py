@@ -2,9 +2,13 @@
 
     labels      a row an example: all columns of the table
     positions   a row a position: example_id, view, position, entropy, tail_logprob, tail_prob,
-                label_id, label_logprob, label_rank, top1_id, top1_prob, token_id, segment
+                label_id, label_logprob, label_rank, top1_id, top1_prob, token_id, segment,
+                topk_ids, topk_logprobs
     entries     a row a stored id: example_id, view, position, rank, id, logprob, prob
     classes     id, name; where the label space has names
+
+Of several tables, relations have the table's name before them: `a.labels`. Files that the call
+names are relations too (`attached`), and there are macros over rows (`macros`).
 
 position and rank count from 0. logprob is as stored; prob and top1_prob are of the head rescaled
 to 1 - exp(tail_logprob), as every reader does. Padding is not shown. token_id is, of a sequence,
@@ -24,10 +28,22 @@ import pyarrow as pa
 
 from softlabels.errors import BadInputError, IntegrityError, SoftLabelsError, StorageError
 from softlabels.fingerprint import sha256_bytes
+from softlabels.query import macros
 from softlabels.query import sql as text
+from softlabels.query.attached import AttachedFile, open_files
+from softlabels.query.pushdown import KINDS, needed_files
+from softlabels.query.relations import (
+    CLASSES,
+    ENTRIES,
+    POSITION_COLUMNS,
+    POSITIONS,
+    entries_sql,
+    positions_sql,
+)
 from softlabels.store.table import Table, TableFile
 
 Tables = str | Table | Mapping[str, "str | Table"]
+Files = Mapping[str, str | os.PathLike[str]]
 
 _MISTAKES = (
     duckdb.ProgrammingError,
@@ -43,31 +59,6 @@ ROW_COLUMN = "softlabels_row"
 """NUMBERED is `labels` with two more columns, which users' SQL cannot name: the file's place in
 the list of files, and the row's in its file."""
 
-POSITION_COLUMNS = (
-    "example_id",
-    "view",
-    "num_positions",
-    "topk_ids",
-    "topk_logprobs",
-    "tail_logprob",
-    "position_entropy",
-    "label_ids",
-    "label_logprobs",
-    "label_ranks",
-    "input_ids",
-    "position_index",
-    "segment_ids",
-)
-"""Table columns that `positions` and `entries` are made of."""
-
-_DERIVED_COLUMNS = {
-    *("position", "tail_prob", "label_id", "label_logprob", "label_rank", "top1_prob"),
-    *("token_id", "segment", "rank", "id", "logprob", "prob", "name"),
-}
-"""Columns of relations that the table has not."""
-
-_SCHEMAS = {"main", "temp", "system", "pg_catalog", "information_schema"}
-
 _CONFIG: dict[str, Any] = {
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
@@ -79,29 +70,48 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def query(tables: Tables, sql: str) -> pa.Table:
+def query(tables: Tables, sql: str, files: Files | None = None) -> pa.Table:
     """The result of one SELECT as an Arrow table.
+
+    A table's files in which, by the log, no row can fulfil the query's WHERE are not touched.
 
     Args:
         tables: a reference or table, whose relations are `labels`, `positions`, …; or several by
-            name, whose relations are `name.labels`, ….
+            name, whose relations are `name.labels`, …; the name "" puts them in no schema.
         sql: exactly one SELECT; it sees nothing else, be it files, settings or Python.
+        files: the user's own files by the name of their relation: CSV, JSON, Parquet.
 
     Raises:
-        BadInputError: the query is not one SELECT, or DuckDB refuses it.
-        IntegrityError: a file is damaged.
-        StorageError: a file is missing, or memory and disk do not suffice.
+        BadInputError: the query is not one SELECT, or DuckDB refuses it; a name is taken; one of
+            `files` is not there or cannot be read.
+        IntegrityError: a file of a table is damaged.
+        StorageError: a file of a table is missing, or memory and disk do not suffice.
     """
     opened = open_tables(tables)
-    tree = text.check_query(sql, _relation_names(opened))
-    with Session(opened, _needed_columns(tree, opened)) as session:
+    attached = open_files(files or {}, _CONFIG, [*opened, *KINDS, "classes", *text.own_names()])
+    tree = text.check_query(sql, [*_relation_names(opened), *(file.name for file in attached)])
+    shown = _shown_columns(tree, opened, attached)
+    columns = None if shown is None else _table_columns(tree, shown)
+    needed = needed_files(tree, opened)
+    with Session(opened, columns, needed, shown, attached) as session:
         return session.run(sql)
 
 
 def open_tables(tables: Tables) -> dict[str, Table]:
-    """Tables by name; a single one has the name ""."""
+    """Tables by name; a single one has the name "".
+
+    Raises:
+        BadInputError: there is no such table, or a name is not free.
+    """
     if not isinstance(tables, Mapping):
         tables = {"": tables}
+    seen: set[str] = set()
+    for name in tables:
+        if name.lower() in text.own_names():
+            raise BadInputError(f"table name {name!r} is DuckDB's own: choose another")
+        if name.lower() in seen:
+            raise BadInputError(f"two tables have the name {name!r}; case does not count in SQL")
+        seen.add(name.lower())
     return {name: Table.open(t) if isinstance(t, str) else t for name, t in tables.items()}
 
 
@@ -166,25 +176,37 @@ class Session:
         tables: by name; the name "" puts relations in no schema.
         columns: lower-case names of the columns that will be read, None for all. Matters only for
             tables that are not on this machine.
-        files: of a single table, those to show; None: all.
+        files: those to show, of a single table, or of each by name; None: all.
+        shown: lower-case names of the columns that will be read of `positions` and `entries`;
+            others may be missing there. None: all.
+        attached: the user's own files.
     """
 
     def __init__(
         self,
         tables: Mapping[str, Table],
         columns: Collection[str] | None = None,
-        files: Sequence[TableFile] | None = None,
+        files: Sequence[TableFile] | Mapping[str, Sequence[TableFile]] | None = None,
+        shown: Collection[str] | None = None,
+        attached: Sequence[AttachedFile] = (),
     ) -> None:
-        self._files = files
+        if files is None:
+            files = {name: table.files for name, table in tables.items()}
+        elif not isinstance(files, Mapping):
+            files = dict.fromkeys(tables, files)
         self._temporary = tempfile.TemporaryDirectory(prefix="softlabels-query-")
         self._con = duckdb.connect(
             ":memory:", config=_CONFIG | {"temp_directory": self._temporary.name}
         )
         try:
+            macros.define(self._con)
             paths: list[str] = []
             for name, table in tables.items():
-                paths += self._attach(name, table, columns)
-            self._lock(paths)
+                paths += self._attach(name, table, columns, files[name], shown)
+            for file in attached:
+                self._con.execute(f"CREATE VIEW {text.quote_name(file.name)} AS {file.sql}")
+                paths += file.allowed
+            self._lock(list(dict.fromkeys(paths)))
         except duckdb.Error as error:
             self.close()
             raise _failure(error) from error
@@ -214,13 +236,17 @@ class Session:
         except duckdb.Error as error:
             raise _failure(error) from error
 
-    def _attach(self, name: str, table: Table, columns: Collection[str] | None) -> list[str]:
+    def _attach(
+        self,
+        name: str,
+        table: Table,
+        columns: Collection[str] | None,
+        files: Sequence[TableFile],
+        shown: Collection[str] | None,
+    ) -> list[str]:
         schema = f"{text.quote_name(name)}." if name else ""
         if name:
-            if name.lower() in _SCHEMAS:
-                raise BadInputError(f"table name {name!r} is DuckDB's own: choose another")
             self._con.execute(f"CREATE SCHEMA {text.quote_name(name)}")
-        files = table.files if self._files is None else self._files
         for file in files:
             read_footer(table, file)
         plain: list[str] = []
@@ -241,15 +267,15 @@ class Session:
             f"SELECT * EXCLUDE ({FILE_COLUMN}, {ROW_COLUMN}) FROM {schema}{NUMBERED}"
         )
         if columns is None or set(POSITION_COLUMNS) <= set(columns):
-            heads = _heads(schema, table.contents.k)
-            for view in (_POSITIONS, _ENTRIES):
-                self._con.execute(view.format(schema=schema, heads=heads))
+            for kind, select in (("positions", positions_sql), ("entries", entries_sql)):
+                rows = select(schema, table.contents.k, shown)
+                self._con.execute(f"CREATE VIEW {schema}{kind} AS {rows}")
         if table.contents.classes is not None:
             names = pa.array(table.contents.classes, pa.string())
             ids = pa.array(np.arange(len(names), dtype=np.int32))
             source = self._held(f"{name}.classes", pa.table({"id": ids, "name": names}))
             self._con.execute(f"CREATE VIEW {schema}classes AS {source}")
-        return list(dict.fromkeys(plain + paths))
+        return plain + paths
 
     def _held(self, name: str, rows: pa.Table) -> str:
         self._con.register(name, rows)
@@ -264,7 +290,7 @@ class Session:
 
 
 def _failure(error: duckdb.Error) -> SoftLabelsError:
-    reason = text.one_line(error)
+    reason = macros.explain(text.one_line(error))
     if isinstance(error, duckdb.OutOfMemoryException):
         return StorageError(f"the query needs more memory or disk than there is: {reason}")
     if isinstance(error, _MISTAKES) and "Failed to read file" not in reason:
@@ -279,84 +305,29 @@ def _list(paths: Sequence[str]) -> str:
 def _relation_names(tables: Mapping[str, Table]) -> list[str]:
     names = []
     for name, table in tables.items():
-        kinds = ["labels", "positions", "entries"]
+        kinds = [*KINDS]
         kinds += ["classes"] if table.contents.classes is not None else []
         names += [f"{name}.{kind}" if name else kind for kind in kinds]
     return names
 
 
-def _needed_columns(tree: Any, tables: Mapping[str, Table]) -> set[str] | None:
-    if text.takes_all_columns(tree):
-        return None
-    columns = text.column_names(tree)
-    known = {name.lower() for table in tables.values() for name in table.schema.names}
-    if columns - known - _DERIVED_COLUMNS:
-        # An alias, or a whole row under its relation's name: which columns, only DuckDB knows.
-        return None
-    if text.relation_names(tree) & {"positions", "entries"}:
-        columns |= set(POSITION_COLUMNS)
-    return columns
+def _shown_columns(
+    tree: text.Tree, tables: Mapping[str, Table], attached: Sequence[AttachedFile]
+) -> set[str] | None:
+    """Lower-case names of all columns that a query reads of its relations; None: it may be any."""
+    names = text.column_names(tree)
+    if text.takes_all_columns(tree) or names & text.relation_aliases(tree):
+        return None  # the name of a relation, as a column, is its whole row
+    kinds = {"positions": POSITIONS, "entries": ENTRIES, "classes": CLASSES}
+    known = {column for kind in text.relation_names(tree) for column in kinds.get(kind, ())}
+    if "labels" in text.relation_names(tree):
+        known |= {name.lower() for table in tables.values() for name in table.schema.names}
+    known |= {name.lower() for file in attached for name in file.columns}
+    # What is no column and no alias is a mistake: DuckDB says so, and what comes near.
+    mistaken = names - known - text.select_aliases(tree)
+    return None if mistaken else names
 
 
-def _heads(schema: str, k: int) -> str:
-    """SQL that gives a row a position, with its k ids and logprobs as lists."""
-
-    def ranks(column: str) -> str:
-        # Unnesting every k-th element, rank by rank: slices by position would cost P squared.
-        return ", ".join(f"unnest({column}[{r + 1}:-:{k}]) AS {column}_{r}" for r in range(k))
-
-    def lists(column: str, kind: str) -> str:
-        return f"[{', '.join(f'{column}_{r}' for r in range(k))}]::{kind}[] AS {column}"
-
-    unnested = "".join(f", {ranks(column)}" for column in ("topk_ids", "topk_logprobs") if k)
-    return f"""
-        SELECT example_id, "view", position, token_id, segment, entropy, tail_logprob, label_id,
-            label_logprob, label_rank,
-            {lists("topk_ids", "INTEGER")}, {lists("topk_logprobs", "FLOAT")}
-        FROM (
-            SELECT example_id, "view",
-                unnest(range(num_positions))::INTEGER AS position,
-                unnest(list_select(input_ids, places)) AS token_id,
-                unnest(list_select(segment_ids, places)) AS segment,
-                unnest(position_entropy) AS entropy,
-                unnest(tail_logprob) AS tail_logprob,
-                unnest(label_ids) AS label_id,
-                unnest(label_logprobs) AS label_logprob,
-                unnest(label_ranks) AS label_rank{unnested}
-            FROM (
-                SELECT *, list_transform(position_index, lambda i: i + 1) AS places
-                FROM {schema}labels
-            )
-        )
-    """
-
-
-# The factor that brings the head's probabilities to 1 - exp(tail); 1 where the tail is unknown.
-_SCALED = """
-    SELECT *, coalesce((1 - exp(tail_logprob::DOUBLE))
-        / list_sum(list_transform(topk_logprobs, lambda x: exp(x::DOUBLE))), 1) AS scale
-    FROM ({heads})
-"""
-_POSITIONS = f"""CREATE VIEW {{schema}}positions AS
-    SELECT example_id, "view", position, entropy, tail_logprob,
-        exp(tail_logprob::DOUBLE)::FLOAT AS tail_prob,
-        CASE WHEN label_id >= 0 THEN label_id END AS label_id,
-        CASE WHEN label_id >= 0 THEN label_logprob END AS label_logprob,
-        CASE WHEN label_id >= 0 THEN label_rank END AS label_rank,
-        CASE WHEN topk_ids[1] >= 0 THEN topk_ids[1] END AS top1_id,
-        CASE WHEN topk_ids[1] >= 0
-            THEN (exp(topk_logprobs[1]::DOUBLE) * scale)::FLOAT END AS top1_prob,
-        token_id, segment
-    FROM ({_SCALED})
-"""
-_ENTRIES = f"""CREATE VIEW {{schema}}entries AS
-    SELECT example_id, "view", position, rank, id, logprob,
-        (exp(logprob::DOUBLE) * scale)::FLOAT AS prob
-    FROM (
-        SELECT example_id, "view", position, scale,
-            unnest(range(len(topk_ids)))::INTEGER AS rank,
-            unnest(topk_ids) AS id,
-            unnest(topk_logprobs) AS logprob
-        FROM ({_SCALED})
-    ) WHERE id >= 0
-"""
+def _table_columns(tree: text.Tree, shown: set[str]) -> set[str]:
+    unfolded = text.relation_names(tree) & {"positions", "entries"}
+    return shown | set(POSITION_COLUMNS) if unfolded else shown

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from softlabels.errors import SoftLabelsError
 from softlabels.fingerprint import key64, sha256_bytes
+from softlabels.lineage import Contents
 from softlabels.schema import COLUMNS
 from softlabels.store import shards, tags
 from softlabels.store.alignment import SelfTest
@@ -41,6 +42,7 @@ def describe(table: Table) -> dict[str, Any]:
         "draws": contents.draws,
         "temperatures": [1.0, *contents.temperatures],
         "profile": contents.profile,
+        **_calibration(contents),
         "rows": table.num_rows,
         "files": len(table.files),
         "bytes": sum(file.size for file in table.files),
@@ -56,6 +58,11 @@ def describe(table: Table) -> dict[str, Any]:
             for field in table.schema
         ],
     }
+
+
+def _calibration(contents: Contents) -> dict[str, Any]:
+    found = contents.calibration
+    return {} if found is None else {"calibration": found.model_dump(mode="json")}
 
 
 def column_bytes(table: Table) -> dict[str, int]:

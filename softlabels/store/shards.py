@@ -298,6 +298,16 @@ class _Statistics:
         }
 
 
+def statistics_of(file: pq.ParquetFile, name: str) -> dict[str, Any]:
+    """`Shard.statistics` of a file that is there already."""
+    schema = file.schema_arrow
+    found = _Statistics(schema)
+    columns = [column for column in STATISTICS if column in schema.names]
+    for group in range(file.num_row_groups):
+        found.add(read_row_groups(file, name, [group], columns))
+    return found.result(file.metadata.num_rows)
+
+
 def bytes_by_column(file: pq.ParquetFile) -> dict[str, int]:
     """Compressed bytes of each top-level column of a shard."""
     totals: dict[str, int] = {}

@@ -1,20 +1,16 @@
 """The table: a Delta log over shards, opened at a version, grown by exactly-once commits."""
 
 import itertools
-import json
 import random
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction
+from deltalake import CommitProperties, DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
-from deltalake.transaction import AddAction, RemoveAction
 from pydantic import ValidationError
 
 from softlabels.errors import (
@@ -29,12 +25,14 @@ from softlabels.fingerprint import sha256_lines
 from softlabels.lineage import Contents, RunLineage
 from softlabels.schema import FORMAT_VERSION
 from softlabels.storage import Root, open_root
-from softlabels.store import shards
+from softlabels.store import commits, shards
+from softlabels.store.commits import COMMIT_KEY, CONTENTS_PROPERTY
+from softlabels.store.files import TableFile, UnitShard, file_path, table_file
 from softlabels.store.tags import Tag, read_tag
 
+__all__ = ["Table", "TableFile", "UnitShard", "parse_reference"]
+
 FORMAT_PROPERTY = "softlabels.format_version"
-CONTENTS_PROPERTY = "softlabels.contents"
-COMMIT_KEY = "softlabels"
 COMMIT_ATTEMPTS = 30
 """Lost races a commit survives; each waits up to 2 s, so a minute of contention."""
 
@@ -45,66 +43,6 @@ _PROPERTIES = {
     "delta.deletedFileRetentionDuration": "interval 36500 days",
     "delta.checkpointInterval": "50",
 }
-_FILE_NAME = re.compile(
-    r"data/(?P<unit>[0-9a-f]{16}-\d{6})-[0-9a-f]{8}-(?P<sha256>[0-9a-f]{64})-(?P<footer>[0-9a-f]{64})\.parquet"
-)
-
-
-@dataclass(frozen=True)
-class TableFile:
-    """One data file of a table version; its name carries its checksums.
-
-    Attributes:
-        path: relative to the table's root.
-        size: bytes.
-        num_rows: rows, by the log.
-        bounds: least and greatest value of columns that have statistics.
-    """
-
-    path: str
-    size: int
-    num_rows: int
-    bounds: Mapping[str, tuple[Any, Any]]
-
-    @property
-    def unit(self) -> str:
-        """The unit it holds, "<first 16 digits of the run id>-<number>"."""
-        return self._named("unit")
-
-    @property
-    def sha256(self) -> str:
-        """Of the whole file."""
-        return self._named("sha256")
-
-    @property
-    def footer_sha256(self) -> str:
-        """Of its Parquet footer."""
-        return self._named("footer")
-
-    def _named(self, part: str) -> str:
-        match = _FILE_NAME.fullmatch(self.path)
-        if match is None:
-            raise IntegrityError(f"data file {self.path!r} was not written by softlabels")
-        return match[part]
-
-
-@dataclass(frozen=True)
-class UnitShard:
-    """A unit of a run, stored and ready to be committed.
-
-    Attributes:
-        key: Delta app id, "<run id>/<unit>"; each is committed once.
-        path: of its file below the root; None for a unit without rows.
-        size: bytes.
-        num_rows: rows.
-        statistics: as `Shard.statistics`.
-    """
-
-    key: str
-    path: str | None
-    size: int
-    num_rows: int
-    statistics: Mapping[str, Any]
 
 
 def parse_reference(reference: str) -> tuple[str, str | None]:
@@ -127,8 +65,8 @@ class Table:
         properties = delta.metadata().configuration
         shards.check_format_version(properties.get(FORMAT_PROPERTY), f"table {root.uri!r}")
         try:
-            self.contents = Contents.model_validate_json(properties[CONTENTS_PROPERTY])
-        except (KeyError, ValidationError) as error:
+            self.contents = Contents.model_validate_json(commits.contents_of(delta) or "")
+        except ValidationError as error:
             raise IntegrityError(f"table {root.uri!r} has no readable contents record") from error
 
     @classmethod
@@ -179,7 +117,8 @@ class Table:
     @cached_property
     def schema(self) -> pa.Schema:
         """Arrow schema of its rows."""
-        return pa.schema(self._delta.schema().to_arrow())
+        fields = pa.schema(self._delta.schema().to_arrow())
+        return pa.schema([field.remove_metadata() for field in fields])
 
     @property
     def version(self) -> int:
@@ -190,7 +129,7 @@ class Table:
     def files(self) -> tuple[TableFile, ...]:
         """Its data files, by path (units of a run in order)."""
         actions = pa.table(self._delta.get_add_actions()).to_pylist()
-        return tuple(sorted((_table_file(action) for action in actions), key=lambda f: f.path))
+        return tuple(sorted((table_file(action) for action in actions), key=lambda f: f.path))
 
     @property
     def num_rows(self) -> int:
@@ -239,8 +178,7 @@ class Table:
         """Stores a finished shard under a name of its own, ready to be committed."""
         if not shard.num_rows:
             return UnitShard(key, None, 0, 0, {})
-        attempt = uuid.uuid4().hex[:8]
-        path = f"data/{unit}-{attempt}-{shard.sha256}-{shard.footer_sha256}.parquet"
+        path = file_path(unit, uuid.uuid4().hex[:8], shard)
         self.root.write(path, shard.data)
         return UnitShard(key, path, len(shard.data), shard.num_rows, shard.statistics)
 
@@ -262,8 +200,60 @@ class Table:
             guard: called with the newest version before each attempt; raises to give up.
 
         Raises:
+            MismatchError: the newest version has other contents than this one.
             TryAgainError: the race was lost too often, or storage does not answer.
         """
+
+        def unchanged(newest: Table) -> None:
+            # A version may have got other contents since this one was opened.
+            self.contents.require_same(newest.contents, "the run", f"table {self.root.uri!r}")
+            guard(newest)
+
+        return self._commit(units, lineage, unchanged, type(self)._commit_once)
+
+    def replace(
+        self,
+        units: Sequence[UnitShard],
+        lineage: RunLineage,
+        schema: pa.Schema,
+        contents: Contents,
+    ) -> Self:
+        """Puts `units` in the place of all files, in one commit; returns the version made.
+
+        Older versions stay as they are. Exactly once as `commit`: where the units' keys are in the
+        log already, nothing is done.
+
+        Args:
+            units: all rows of the new version.
+            lineage: what the log says of this commit.
+            schema: of the new version.
+            contents: of the new version.
+
+        Raises:
+            MismatchError: the newest version holds something else than this one.
+            TryAgainError: the race was lost too often, or storage does not answer.
+        """
+
+        def unchanged(newest: Table) -> None:
+            if newest.snapshot_digest != self.snapshot_digest:
+                raise MismatchError(
+                    f"table {self.root.uri!r} was at version {self.version} with "
+                    f"{self.num_rows} rows and is at {newest.version} with {newest.num_rows} now: "
+                    "it was changed meanwhile, and nothing was done; run the command again"
+                )
+
+        def replace_all(newest: Table, all_units: Sequence[UnitShard], said: RunLineage) -> None:
+            commits.replace(newest._delta, all_units, said, schema, contents)
+
+        return self._commit(units, lineage, unchanged, replace_all)
+
+    def _commit(
+        self,
+        units: Sequence[UnitShard],
+        lineage: RunLineage,
+        guard: Callable[["Table"], None],
+        attempt_once: Callable[["Table", Sequence[UnitShard], RunLineage], None],
+    ) -> Self:
         error: Exception | None = None
         for attempt in range(COMMIT_ATTEMPTS + 1):
             if error is not None:
@@ -281,7 +271,7 @@ class Table:
                 break
             guard(newest)
             try:
-                newest._commit_once(list(missing.values()), _narrowed(lineage, missing))
+                attempt_once(newest, list(missing.values()), _narrowed(lineage, missing))
             except (DeltaError, OSError) as caught:
                 error = caught
         raise TryAgainError(
@@ -299,32 +289,7 @@ class Table:
                 yield shards.read_row_groups(opened, file.path, [group], columns)
 
     def _commit_once(self, units: Sequence[UnitShard], lineage: RunLineage) -> None:
-        now = int(time.time() * 1000)
-        actions: list[AddAction | RemoveAction] = [
-            AddAction(
-                path=unit.path,
-                size=unit.size,
-                partition_values={},
-                modification_time=now,
-                data_change=True,
-                stats=json.dumps(unit.statistics),
-            )
-            for unit in units
-            if unit.path is not None
-        ]
-        self._delta.create_write_transaction(
-            actions,
-            "append",
-            self._delta.schema(),
-            commit_properties=CommitProperties(
-                custom_metadata={COMMIT_KEY: lineage.model_dump_json()},
-                max_commit_retries=0,
-                app_transactions=[Transaction(unit.key, 1) for unit in units],
-            ),
-            post_commithook_properties=PostCommitHookProperties(
-                create_checkpoint=True, cleanup_expired_logs=False
-            ),
-        )
+        commits.append(self._delta, units, lineage)
 
 
 def _table_root(uri: str) -> Root:
@@ -383,13 +348,3 @@ def _narrowed(lineage: RunLineage, units: Mapping[str, UnitShard]) -> RunLineage
             "num_rows": sum(unit.num_rows for unit in units.values()),
         }
     )
-
-
-def _table_file(action: Mapping[str, Any]) -> TableFile:
-    least, greatest = action.get("min") or {}, action.get("max") or {}
-    bounds = {
-        name: (low, greatest[name])
-        for name, low in least.items()
-        if low is not None and greatest.get(name) is not None
-    }
-    return TableFile(action["path"], action["size_bytes"], action["num_records"], bounds)

@@ -1,4 +1,4 @@
-"""Stream batches as torch tensors, the student's call, and whether a plan can serve a loss."""
+"""Stream batches as torch tensors, the student's call, and what the classes of a plan are."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from softlabels.errors import BadInputError, MismatchError
 from softlabels.lineage import Contents
 from softlabels.plan import Plan
-from softlabels.schema import COLUMNS
-from softlabels.student.spec import LossSpec
+from softlabels.student.several import Several
 from softlabels.student.stream import Batch
 from softlabels.student.temper import Targets, temper
 from softlabels.targets import Floats, SoftTargets
@@ -26,12 +25,13 @@ class LossInputs(NamedTuple):
     """What `distillation_loss` takes beside the logits, on the run's device.
 
     Attributes:
-        targets: values at the run's temperature, N rows.
+        targets: values at the run's temperature, N rows; of an ensemble plan one of each teacher,
+            with its weight.
         labels: int32 [N], -1 where there is none; None: the tables hold none.
         weights: float32 [N].
     """
 
-    targets: Targets
+    targets: Several
     labels: Tensor | None
     weights: Tensor
 
@@ -100,7 +100,7 @@ def to_torch(
         MismatchError: T is not stored, tails are unknown, or a row has not one position.
     """
     labels, own = labels_and_weights(batch, device, weights)
-    return LossInputs(targets_at(batch.targets, temperature, device, draws), labels, own)
+    return LossInputs(targets_of(batch, temperature, device, draws), labels, own)
 
 
 def labels_and_weights(
@@ -142,6 +142,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def targets_of(
+    batch: Batch,
+    temperature: float = 1.0,
+    device: torch.device | str = "cpu",
+    draws: bool = False,
+) -> Several:
+    """What the losses take of a batch: its targets, or those of each teacher with its weights.
+
+    A teacher that counts in none of the batch's rows is left out, and where the first alone
+    speaks, with the weight 1, it is as in a plan without ensembles.
+
+    Raises:
+        MismatchError: T is not stored, or tails are unknown.
+    """
+    shares = batch.member_weights
+    if shares is None or (bool((shares[:, 0] == 1).all()) and not shares[:, 1:].any()):
+        return targets_at(batch.targets, temperature, device, draws)
+    counts, pairs = batch.targets.num_positions, []
+    for slot, soft in enumerate((batch.targets, *(one.targets for one in batch.others))):
+        if shares[:, slot].any():
+            weight = _tensor(np.repeat(shares[:, slot], counts), device)
+            pairs.append((targets_at(soft, temperature, device, draws), weight))
+    return pairs
+
+
+def tails_known(batch: Batch) -> bool:
+    """Whether the mass outside the stored ids is known at every position of every teacher."""
+    every = (batch.targets, *(one.targets for one in batch.others))
+    return not any(soft.tail is None or np.isnan(soft.tail).any() for soft in every)
 
 
 def targets_at(
@@ -225,51 +256,6 @@ def label_space(plan: Plan, where: str) -> LabelSpace:
     for name, other in spaces[1:]:
         space.require(other, first, name)
     return space
-
-
-def require_servable(plan: Plan, loss: LossSpec, columns: Iterable[str]) -> None:
-    """Raises unless every table of the plan holds what the loss and the inputs need.
-
-    Raises:
-        BadInputError: a column is not in a table.
-        MismatchError: the temperature is not stored; or tail is "sampled" and there are no draws,
-            draws of another temperature, or not equally many in all tables.
-    """
-    counts = {}
-    for name, contents in _contents(plan, "the plan"):
-        recorded = contents.recorded
-        if recorded is not None and recorded.tail == "unknown" and loss.kd_weight:
-            raise MismatchError(
-                f"{name} was recorded with tail {recorded.tail!r}: the mass outside its top "
-                f"{contents.k} is unknown, and tail {loss.tail!r} needs it; only kd_weight 0 does "
-                "not"
-            )
-        if loss.temperature != 1 and loss.temperature not in contents.temperatures:
-            raise MismatchError(_not_stored(loss.temperature, name, contents.temperatures))
-        missing = sorted(set(columns) - set(contents.carried) - set(COLUMNS))
-        if missing:
-            raise BadInputError(
-                f"inputs.columns: {name} has no column {missing[0]!r}, it carries "
-                f"{list(contents.carried)!r}; take one of these, or capture with carry"
-            )
-        if loss.tail != "sampled" or loss.kd_weight == 0:
-            continue
-        if not contents.draws:
-            raise MismatchError(
-                f"tail 'sampled' needs stored draws, {name} has draws {contents.draws!r}: "
-                "use tail 'bucket', or capture with `draws`"
-            )
-        if contents.draws_temperature != loss.temperature:
-            raise MismatchError(
-                f"tail 'sampled' at temperature {loss.temperature!r} needs draws made there, "
-                f"{name} has draws made at {contents.draws_temperature!r}: use tail 'bucket'"
-            )
-        counts[contents.draws] = name
-    if len(counts) > 1:
-        raise MismatchError(
-            f"tail 'sampled' needs equally many draws in every table, found {counts!r}: "
-            "use tail 'bucket'"
-        )
 
 
 def _contents(plan: Plan, where: str) -> list[tuple[str, Contents]]:

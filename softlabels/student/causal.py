@@ -29,13 +29,12 @@ from softlabels.errors import MismatchError
 from softlabels.student.batch import evaluating
 from softlabels.student.fused import linear_distillation_loss
 from softlabels.student.losses import DistillationLoss, distillation_loss
+from softlabels.student.room import require_room, require_width
 from softlabels.student.sequences import SequenceInputs, padded
+from softlabels.student.several import Several
 from softlabels.student.spec import Fused
 from softlabels.student.stream import Batch
 from softlabels.student.temper import Targets
-
-MAX_PADDING = 1024
-"""A head may have fewer than this many rows above the vocabulary, to make its size round."""
 
 CHUNK_BYTES = 32 << 20
 """Of logits that are looked at at once, outside of a loss."""
@@ -60,7 +59,7 @@ class Outputs(NamedTuple):
     weight: Tensor | None = None
     bias: Tensor | None = None
 
-    def loss(self, targets: Targets | None, **options: Any) -> DistillationLoss:
+    def loss(self, targets: Several | None, **options: Any) -> DistillationLoss:
         """The distillation loss; options as `distillation_loss`.
 
         Without targets, which needs kd_weight 0, `kl` is NaN.
@@ -134,6 +133,7 @@ class LanguageModel:
     def __call__(self, batch: Batch) -> Outputs:
         """What the student says at the batch's positions."""
         inputs = padded(batch, self._num_classes, self._alignment, self._device)
+        require_room(self._model, inputs)
         if self._call is None:
             self._call = self._chosen(inputs)
         self._calls += 1
@@ -171,7 +171,7 @@ class LanguageModel:
                 f"the student gives logits of shape {shape!r}, expected one row for each of the "
                 f"tokens {tuple(inputs.input_ids.shape)!r}"
             )
-        self._require_width(shape[2])
+        require_width(shape[2], self._num_classes)
         values = cast(Tensor, logits).flatten(0, 1)[inputs.at]
         return Outputs(values[:, : self._num_classes], self._num_classes)
 
@@ -194,17 +194,9 @@ class LanguageModel:
                 f"the student gives hidden states of shape {tuple(hidden.shape)!r}, its tokens and "
                 f"its head need {tuple(expected)!r}"
             )
-        self._require_width(weight.shape[0])
+        require_width(weight.shape[0], self._num_classes)
         values = hidden.flatten(0, 1)[inputs.at]
         return Outputs(values, self._num_classes, weight, bias)
-
-    def _require_width(self, width: int) -> None:
-        if not self._num_classes <= width < self._num_classes + MAX_PADDING:
-            raise MismatchError(
-                f"the student's head has {width} rows, the plan's vocabulary has "
-                f"{self._num_classes}: expected as many, or fewer than {MAX_PADDING} more as "
-                "padding"
-            )
 
     def _look(self, name: str, one: SequenceInputs, changed: Tensor, kept: Tensor) -> None:
         """Raises when changing the tokens `changed` of a row changes what is said at `kept`."""

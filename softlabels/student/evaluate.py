@@ -5,10 +5,9 @@ student's distribution at temperature 1, S the ids that are stored for a positio
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from softlabels.errors import BadInputError, MismatchError
-from softlabels.plan import Plan, entries_table
+from softlabels.plan import Plan
 from softlabels.student.batch import (
     Decode,
     LabelSpace,
@@ -24,85 +23,24 @@ from softlabels.student.batch import (
     label_space,
     logits_of,
     targets_at,
+    targets_of,
 )
-from softlabels.student.causal import Forward, LanguageModel, Outputs
+from softlabels.student.causal import CHUNK_BYTES, Forward, LanguageModel, Outputs
+from softlabels.student.figures import BINS, Bin, Collected, Evaluation, reliability
 from softlabels.student.losses import distillation_loss
+from softlabels.student.mixture import mixture
+from softlabels.student.once import each_row_once
 from softlabels.student.sequences import COLUMNS, num_tokens
+from softlabels.student.several import Teacher, teachers_of
 from softlabels.student.spec import Fused
-from softlabels.student.stream import Batch, Stream
-from softlabels.student.temper import Targets, rescale_head
+from softlabels.student.stream import Batch
+from softlabels.student.temper import rescale_head
+from softlabels.targets import SoftTargets
 
-BINS = 15
-"""Of the calibration error; Guo et al. use 15."""
+__all__ = ["BINS", "Bin", "Evaluation", "evaluate", "evaluate_teacher", "reliability"]
 
 ROWS, SEQUENCES = 256, 8
 """Of one forward pass, where nothing is said."""
-
-Values = npt.NDArray[np.float64]
-
-
-@dataclasses.dataclass(frozen=True)
-class Bin:
-    """One bar of a reliability picture.
-
-    Attributes:
-        lower: confidences above it (the first bin takes 0 too),
-        upper: up to it.
-        rows: labelled positions in the bin, one a row in classification.
-        confidence: their mean confidence, 0 to 1; None when there are none.
-        accuracy: the share that is right; None when there are none.
-    """
-
-    lower: float
-    upper: float
-    rows: int
-    confidence: float | None
-    accuracy: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What one pass found; None where the plan or the subject cannot say.
-
-    Attributes:
-        rows: rows seen.
-        labelled: positions with a hard label; accuracy, nll and ece are over these.
-        accuracy: share whose likeliest class is the hard label, 0 to 1.
-        nll: mean -log q of the hard label, nats.
-        ece: expected calibration error of the likeliest class, 0 to 1.
-        agreement: share whose likeliest class is the teacher's, 0 to 1.
-        kl_to_teacher: mean KL(teacher‖student), nats, over S and the tail as one class: a lower
-            bound of the full KL, equal to it when all classes are stored.
-        acceptance: mean of sum min(p, q), 0 to 1, tail as one class (an upper bound): how often a
-            draw of q passes for one of p.
-        perplexity: language models: e^nll.
-        positions: language models: N, positions seen; means are over these.
-        examples_per_s: of the student's forward pass alone, without reading and decoding.
-        tokens_per_s: language models: the same in tokens, without padding.
-        threads: of torch at that time.
-        parameters: numbers in the student.
-        bins: for a reliability picture; `BINS` of equal width.
-    """
-
-    rows: int
-    labelled: int
-    accuracy: float | None
-    nll: float | None
-    ece: float | None
-    agreement: float | None = None
-    kl_to_teacher: float | None = None
-    acceptance: float | None = None
-    perplexity: float | None = None
-    positions: int | None = None
-    examples_per_s: float | None = None
-    tokens_per_s: float | None = None
-    threads: int | None = None
-    parameters: int | None = None
-    bins: tuple[Bin, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as JSON values."""
-        return dataclasses.asdict(self)
 
 
 def evaluate(
@@ -139,18 +77,19 @@ def evaluate(
     forward = make_forward(model, space, decode, device, fused)
     sequences = space.alignment is not None
     wanted = COLUMNS if sequences else columns
-    found, seconds, tokens = _Collected(), 0.0, 0
+    found, seconds, tokens = Collected(), 0.0, 0
     with evaluating(model):
-        for batch in _each_row_once(plan, batch_size or _batch_size(sequences), wanted, roots):
+        for batch in each_row_once(plan, batch_size or _batch_size(sequences), wanted, roots):
             found.rows += len(batch)
             tokens += num_tokens(batch) if sequences else 0
+            teachers = _teachers(batch, device)
             started = time.perf_counter()
             outputs = forward(batch)
             _wait(device)
             for here, logits in _in_chunks(outputs, sequences):
                 _wait(device)
                 seconds += time.perf_counter() - started
-                found.add(**_figures(logits, batch, here, device))
+                found.add(**_figures(logits, batch, here, teachers))
                 started = time.perf_counter()
     speed = 1 / seconds if seconds else None
     return dataclasses.replace(
@@ -190,108 +129,62 @@ def make_forward(
 def evaluate_teacher(
     plan: Plan, *, batch_size: int | None = None, roots: Mapping[str, str] | None = None
 ) -> Evaluation:
-    """The teacher's figures on a plan from its stored labels alone: no teacher is needed."""
-    sequences = label_space(plan, "the evaluation plan").alignment is not None
-    found = _Collected()
-    for batch in _each_row_once(plan, batch_size or (256 if sequences else 4_096), (), roots):
-        soft = batch.targets
+    """The teacher's figures on a plan from its stored labels alone: no teacher is needed.
+
+    Of an ensemble plan they are those of the weighted mixture.
+
+    Raises:
+        MismatchError: a plan with ensembles reads a table that does not store every class.
+    """
+    space = label_space(plan, "the evaluation plan")
+    sequences = space.alignment is not None
+    if plan.num_members > 1:
+        _require_every_class(plan)
+    found = Collected()
+    for batch in each_row_once(plan, batch_size or (256 if sequences else 4_096), (), roots):
         found.rows += len(batch)
-        count = len(soft.ids)
-        labels = np.full(count, -1) if soft.label_ids is None else soft.label_ids
-        values: dict[str, npt.NDArray[Any]] = {"labelled": labels >= 0}
-        if soft.label_logprobs is not None:
-            values["nll"] = -soft.label_logprobs.astype(np.float64)
-        if soft.k and soft.tail is not None:
-            targets = targets_at(soft)
-            head = rescale_head(targets.logprobs, targets.tail_logprob)
-            values["confidence"] = head[:, 0].double().exp().numpy()
-            values["right"] = np.where(np.isnan(soft.tail), np.nan, soft.ids[:, 0] == labels)
-        found.add(**values)
+        if batch.others:
+            for values in _mixture_figures(batch, space.num_classes):
+                found.add(**values)
+        else:
+            found.add(**_stored_figures(batch.targets))
     return found.evaluation(sequences)
 
 
-def reliability(confidence: Values, right: npt.NDArray[np.bool_]) -> tuple[float, tuple[Bin, ...]]:
-    """The expected calibration error of labelled positions, and the bins that it sums over.
-
-    ece = sum over bins of rows in it / rows * |accuracy - confidence|, bins (lower, upper] of
-    equal width.
-
-    Args:
-        confidence: float64 [N], probability of the likeliest class, 0 to 1.
-        right: bool [N], whether that class is the hard label.
-
-    Source: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", 2017.
-    """
-    return _calibration(_binned(confidence, right))
-
-
-def _binned(confidence: Values, right: npt.NDArray[np.bool_]) -> Values:
-    """Float64 [3, BINS]: of each bin, how many, and the sums of confidence and of right."""
-    place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    weights = (None, confidence, right)
-    return np.stack([np.bincount(place, one, BINS).astype(np.float64) for one in weights])
+def _stored_figures(soft: SoftTargets) -> dict[str, npt.NDArray[Any]]:
+    """Per position: whether it has a hard label, the teacher's nll, confidence, whether right."""
+    labels = np.full(len(soft.ids), -1) if soft.label_ids is None else soft.label_ids
+    values: dict[str, npt.NDArray[Any]] = {"labelled": labels >= 0}
+    if soft.label_logprobs is not None:
+        values["nll"] = -soft.label_logprobs.astype(np.float64)
+    if soft.k and soft.tail is not None:
+        targets = targets_at(soft)
+        head = rescale_head(targets.logprobs, targets.tail_logprob)
+        values["confidence"] = head[:, 0].double().exp().numpy()
+        values["right"] = np.where(np.isnan(soft.tail), np.nan, soft.ids[:, 0] == labels)
+    return values
 
 
-def _calibration(binned: Values) -> tuple[float, tuple[Bin, ...]]:
-    counts, confidences, rights = binned
-    error = float(np.abs(rights - confidences).sum() / max(counts.sum(), 1))
-    bins = []
-    for i, rows in enumerate(counts.astype(int).tolist()):
-        confident, accurate = (float(s[i] / rows) if rows else None for s in (confidences, rights))
-        bins.append(Bin(i / BINS, (i + 1) / BINS, rows, confident, accurate))
-    return error, tuple(bins)
+def _mixture_figures(batch: Batch, num_classes: int) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """The same of the teachers' mixture, some positions at a time."""
+    labels = batch.targets.label_ids
+    teachers, size = _teachers(batch, "cpu"), max(1, CHUNK_BYTES // (8 * num_classes))
+    for start in range(0, len(batch.targets.ids), size):
+        here = slice(start, start + size)
+        mine = [teacher.rows(here) for teacher in teachers]
+        p, _ = mixture(mine, num_classes, torch.float64)
+        yield _labelled(p.log(), None if labels is None else labels[here])
 
 
-class _Collected:
-    """Sums of the figures of every position seen so far, by name."""
-
-    def __init__(self) -> None:
-        self.rows = self._positions = self._labelled = 0
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
-        self._bins = np.zeros((3, BINS))
-        self._binned = False
-
-    def add(self, labelled: npt.NDArray[np.bool_], **values: npt.NDArray[Any]) -> None:
-        """Adds N positions; nll and right count at labelled ones only, NaN nowhere."""
-        self._positions += len(labelled)
-        self._labelled += int(labelled.sum())
-        for name, value in values.items():
-            counted = value[labelled] if name in ("nll", "right", "confidence") else value
-            counted = counted[~np.isnan(counted)] if counted.dtype.kind == "f" else counted
-            self._sums[name] = self._sums.get(name, 0.0) + float(counted.sum(dtype=np.float64))
-            self._counts[name] = self._counts.get(name, 0) + len(counted)
-        if "right" in values:
-            judged = labelled & ~np.isnan(values["confidence"])
-            self._bins += _binned(values["confidence"][judged], values["right"][judged])
-            self._binned = True
-
-    def evaluation(self, sequences: bool) -> Evaluation:
-        def mean(name: str) -> float | None:
-            # What some tables do not say, such as tails, does not count for them.
-            count = self._counts.get(name, 0)
-            return self._sums[name] / count if count else None
-
-        ece, bins = _calibration(self._bins)
-        nll = mean("nll")
-        judged = self._binned and self._bins[0].sum() > 0
-        return Evaluation(
-            rows=self.rows,
-            labelled=self._labelled,
-            accuracy=mean("right"),
-            nll=nll,
-            ece=ece if judged else None,
-            agreement=mean("agreement"),
-            kl_to_teacher=mean("kl"),
-            acceptance=mean("acceptance"),
-            perplexity=_exp(nll) if sequences and nll is not None else None,
-            positions=self._positions if sequences else None,
-            bins=bins if judged else (),
-        )
-
-
-def _exp(nll: float) -> float:
-    return math.exp(nll) if nll < 700 else math.inf
+def _require_every_class(plan: Plan) -> None:
+    for name, table in sorted(plan.tables.items()):
+        contents = table.contents
+        if contents.k < contents.num_classes:
+            raise MismatchError(
+                "the teacher's figures of an ensemble need every class stored, table "
+                f"{name!r} has {contents.k} of {contents.num_classes}: evaluate each teacher on a "
+                "plan of its own, or a student on this one"
+            )
 
 
 def _batch_size(sequences: bool) -> int:
@@ -306,61 +199,34 @@ def _in_chunks(outputs: Outputs, sequences: bool) -> Iterator[tuple[slice, Tenso
 
 
 def _figures(
-    logits: Tensor, batch: Batch, here: slice, device: torch.device | str
+    logits: Tensor, batch: Batch, here: slice, teachers: Sequence[Teacher]
 ) -> dict[str, npt.NDArray[Any]]:
     """What the positions `here` of a batch say, by name."""
-    one_each = np.ones(here.stop - here.start, np.int32)
-    soft = batch.targets.map_positions(here, one_each)
-    found = _labelled(logits, soft.label_ids)
-    if soft.tail is not None:
-        known = ~np.isnan(soft.tail)
-        if not known.all():
-            soft = soft.map_positions(known, one_each[known])
-            logits = logits[torch.from_numpy(known).to(logits.device)]
-        found |= _compare(logits, targets_at(soft, device=device))
-    return found
+    labels = batch.targets.label_ids
+    found = _labelled(logits, None if labels is None else labels[here])
+    mine = [teacher.rows(here) for teacher in teachers]
+    if not mine:
+        return found
+    known = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    for targets, weight in mine:
+        counts = True if weight is None else weight > 0
+        known &= ~(targets.tail_logprob.isnan() & counts)
+    if not bool(known.all()):
+        mine, logits = [teacher.rows(known) for teacher in mine], logits[known]
+    return found | (_compare_one if mine[0].weight is None else _compare_all)(logits, mine)
 
 
-def _each_row_once(
-    plan: Plan, batch_size: int, columns: Sequence[str], roots: Mapping[str, str] | None
-) -> Iterator[Batch]:
-    """Batches of the plan in its order; a row that several entries take comes once.
-
-    Raises:
-        MismatchError: one table version is there under several position rules, so that its rows
-            would be counted by how many of them keep a position.
-    """
-    digests: dict[str, str] = {}
-    for name, table in plan.tables.items():
-        other = digests.setdefault(table.snapshot_digest, name)
-        if other != name:
-            raise MismatchError(
-                f"{other!r} and {name!r} are one table version under different position rules "
-                f"({plan.tables[other].positions} and {table.positions}): evaluate on a plan of one"
-            )
-    once = dataclasses.replace(plan, entries=entries_table(_distinct(plan)))
-    stream = Stream(
-        once, batch_size=batch_size, epochs=1, shuffle=False, columns=tuple(columns), roots=roots
-    )
-    return iter(stream)
+def _teachers(batch: Batch, device: torch.device | str) -> tuple[Teacher, ...]:
+    """Those that speak of the batch's rows; none where one does not know its tails."""
+    soft = (batch.targets, *(one.targets for one in batch.others))
+    if any(one.tail is None for one in soft):
+        return ()
+    return teachers_of(targets_of(batch, device=device), len(batch.targets.ids))
 
 
-def _distinct(plan: Plan) -> list[dict[str, Any]]:
-    merged: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for entry in plan.entries.to_pylist():
-        key = (entry["table"], entry["file"], entry["row_group"])
-        held = merged.setdefault(key, entry | {"repeats": 1})
-        if held["rows"] is None or entry["rows"] is None:
-            whole = held if held["rows"] is None else entry
-            held |= {"rows": None, "num_rows": whole["num_rows"]}
-        else:
-            rows = sorted({*held["rows"], *entry["rows"]})
-            held |= {"rows": rows, "num_rows": len(rows)}
-    return list(merged.values())
-
-
-def _compare(logits: Tensor, targets: Targets) -> dict[str, npt.NDArray[Any]]:
+def _compare_one(logits: Tensor, teachers: Sequence[Teacher]) -> dict[str, npt.NDArray[Any]]:
     """Per row: kl, acceptance and, where a top class is stored, agreement with it."""
+    targets = teachers[0].targets
     kl = distillation_loss(logits, targets, tail="bucket").kl
     stored = targets.ids >= 0
     at = targets.ids.clamp(min=0).long()
@@ -373,6 +239,20 @@ def _compare(logits: Tensor, targets: Targets) -> dict[str, npt.NDArray[Any]]:
     values = {"kl": kl, "acceptance": acceptance}
     if targets.ids.shape[1]:
         values["agreement"] = logits.argmax(1) == targets.ids[:, 0]
+    return {name: value.cpu().numpy() for name, value in values.items()}
+
+
+def _compare_all(logits: Tensor, teachers: Sequence[Teacher]) -> dict[str, npt.NDArray[Any]]:
+    """The same of several teachers: their KLs weighted, the rest against their mixture."""
+    pairs = [(teacher.targets, cast(Tensor, teacher.weight)) for teacher in teachers]
+    kl = distillation_loss(logits, pairs, tail="bucket").kl
+    q = logits.softmax(1)
+    p, inside = mixture(teachers, q.shape[1], q.dtype)
+    left = (1 - p.sum(1)).clamp(min=0)
+    outside = q.masked_fill(inside, 0).sum(1)
+    values = {"kl": kl, "acceptance": torch.minimum(p, q).sum(1) + torch.minimum(left, outside)}
+    if bool(inside.any()):
+        values["agreement"] = logits.argmax(1) == p.argmax(1)
     return {name: value.cpu().numpy() for name, value in values.items()}
 
 

@@ -34,10 +34,7 @@ class Files:
     """
 
     def __init__(self, plan: Plan, roots: Mapping[str, str] | None = None) -> None:
-        if unknown := sorted(set(roots or {}) - set(plan.tables)):
-            raise BadInputError(
-                f"roots: the plan reads no table {unknown[0]!r}; it reads {sorted(plan.tables)!r}"
-            )
+        require_roots(plan, roots or {})
         self._roots = {name: plan.root(name, roots) for name in plan.tables}
         self._files = {
             (name, file.path): file for name, table in plan.tables.items() for file in table.files
@@ -110,6 +107,14 @@ class Files:
                 )
             sparse[start:end] = part
         return shard
+
+
+def require_roots(plan: Plan, roots: Mapping[str, str]) -> None:
+    """Raises BadInputError where `roots` names a table that the plan does not read."""
+    if unknown := sorted(set(roots) - set(plan.tables)):
+        raise BadInputError(
+            f"roots: the plan reads no table {unknown[0]!r}; it reads {sorted(plan.tables)!r}"
+        )
 
 
 def _check_size(root: Root, file: PlanFile) -> None:

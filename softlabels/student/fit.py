@@ -1,12 +1,14 @@
 """Whether plan, student, loss and tokenizer fit each other: asked before any work is done."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from softlabels.errors import BadInputError, MismatchError
 from softlabels.plan import Plan
-from softlabels.student.batch import LabelSpace, label_space, require_servable
+from softlabels.student.batch import LabelSpace, label_space
+from softlabels.student.servable import require_servable
 from softlabels.student.spec import LossSpec, RunSpec
-from softlabels.student.tokens import NAME, template_sha256, tokenizer_sha256
+from softlabels.student.tokens import NAME, own_template_sha256, template_sha256, tokenizer_sha256
 
 _KINDS = {"next": "causal_lm", "same": "masked_lm"}
 
@@ -84,31 +86,44 @@ def require_tokens(spec: RunSpec, plan: Plan, where: str) -> None:
             if getattr(spec, name) is not None:
                 raise BadInputError(f"{name}: {where} is of classification, which has none")
         return
-    path = tokenizer_of(spec)
-    if path is not None:
+    paths = dict.fromkeys(path for path in (tokenizer_of(spec), _checkpoint(spec)) if path)
+    for path in paths:
+        if path != spec.tokenizer and not (Path(path) / NAME).is_file():
+            continue  # a checkpoint whose tokenizer the spec gives
         found = tokenizer_sha256(path)
         if found != space.tokenizer_sha256:
             raise MismatchError(
                 f"tokenizers differ: {path!r} has sha256 {found!r}, {where} was labelled with "
                 f"{space.tokenizer_sha256!r}: its token ids would mean something else"
             )
-    if spec.chat_template is not None:
-        _require_template(spec.chat_template, plan, where)
+    _require_template(spec, list(paths), plan, where)
 
 
-def _require_template(path: str, plan: Plan, where: str) -> None:
-    found = template_sha256(path)
+def _require_template(spec: RunSpec, folders: Sequence[str], plan: Plan, where: str) -> None:
+    """Raises unless the template that the spec names, or else the folders', are the plan's."""
     stored = {
         table.contents.chat_template_sha256
         for table in plan.tables.values()
         if table.contents.chat_template_sha256 is not None
     }
-    # Tables of plain text have no template, and none to disagree with; one must have it.
-    if stored != {found}:
-        raise MismatchError(
-            f"chat templates differ: {path!r} has sha256 {found!r}, {where} was labelled with "
-            f"{sorted(stored) or None!r}"
-        )
+    if spec.chat_template is not None:
+        own = {spec.chat_template: template_sha256(spec.chat_template)}
+    else:
+        brought = {folder: own_template_sha256(folder) for folder in folders}
+        # Tables of plain text have no template, and so none that a folder's could differ from.
+        own = {name: sha256 for name, sha256 in brought.items() if sha256 and stored}
+    for path, found in own.items():
+        if stored != {found}:
+            raise MismatchError(
+                f"chat templates differ: {path!r} has sha256 {found!r}, {where} was labelled with "
+                f"{sorted(stored) or None!r}; chat_template names the file that the student will "
+                "be used with"
+            )
+
+
+def _checkpoint(spec: RunSpec) -> str | None:
+    asked = spec.student.language_model if spec.student is not None else None
+    return asked.checkpoint if asked is not None else None
 
 
 def tokenizer_of(spec: RunSpec) -> str | None:
@@ -119,8 +134,7 @@ def tokenizer_of(spec: RunSpec) -> str | None:
     """
     if spec.tokenizer is not None:
         return spec.tokenizer
-    asked = spec.student.language_model if spec.student is not None else None
-    folder = asked.checkpoint if asked is not None else None
+    folder = _checkpoint(spec)
     if folder is None or (Path(folder) / NAME).is_file():
         return folder
     raise BadInputError(

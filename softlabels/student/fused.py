@@ -15,14 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from softlabels.errors import BadInputError, MismatchError
-from softlabels.student.kernel import Factors, evaluate_, no_targets
-from softlabels.student.losses import (
-    Call,
-    DistillationLoss,
-    check,
-    share,
-)
-from softlabels.student.temper import Divergence, Rows, TailMode, Targets, resolve_tail
+from softlabels.student.blocks import Scratch, evaluate_blocks_
+from softlabels.student.call import Call, check, share
+from softlabels.student.kernel import Factors, no_targets
+from softlabels.student.losses import DistillationLoss
+from softlabels.student.several import Several, Teacher, Weighed, resolve, teachers_of
+from softlabels.student.temper import Divergence, TailMode
 
 __all__ = ["linear_distillation_loss"]
 
@@ -30,8 +28,6 @@ BUFFER_BYTES = 48 * 2**20
 """Of the logits of a chunk: with what libraries need beside it, less than 64 MiB in all."""
 LEAST_ROWS, MOST_ROWS = 64, 512
 """Fewer rows starve the matrix products; more gain nothing."""
-SCRATCH_BYTES = 4 * 2**20
-"""Of logits at T = 1 beside those at T."""
 CAST_BYTES = 4 * 2**20
 """Of a block of the weight that is cast for a product."""
 
@@ -65,7 +61,7 @@ class Gradients(NamedTuple):
 def linear_distillation_loss(
     hidden: Float[Tensor, "N D"],
     weight: Float[Tensor, "W D"],
-    targets: Targets | None,
+    targets: Several | None,
     *,
     bias: Float[Tensor, " W"] | None = None,
     num_classes: int | None = None,
@@ -81,9 +77,11 @@ def linear_distillation_loss(
 ) -> DistillationLoss:
     """`distillation_loss` of the logits hidden weightᵀ + bias, in memory that N does not change.
 
-    Arithmetic, options and refusals are those of `distillation_loss`. Beside the gradients it
-    takes one buffer: 48 MiB, or 64 rows of logits where these are more. A model that scales its
-    logits scales `hidden` and `bias` instead; one that caps them needs `distillation_loss`.
+    Arithmetic, options, several teachers and refusals are those of `distillation_loss`. Beside the
+    gradients it takes one buffer, 48 MiB, or 64 rows of logits where these are more, and a few
+    rows' copies where one softmax is not enough; however many teachers, the head is multiplied
+    once forward and once back. A model that scales its logits scales `hidden` and `bias` instead;
+    one that caps them needs `distillation_loss`.
 
     Gradients are made here, in float32 (float64 stays), for the inputs that require one, and come
     back in their dtypes. Backward scales them in place and hands them over, so it runs once.
@@ -106,12 +104,13 @@ def linear_distillation_loss(
     """
     head = _head(hidden, weight, bias, num_classes, chunk_rows)
     call = Call(tail, divergence, temperature, kd_weight, labels, weights, normalizer)
-    check(call, targets, len(hidden), len(head.weight), validate)
+    teachers = teachers_of(targets, len(hidden))
+    check(call, teachers, len(hidden), len(head.weight), validate)
     inputs = (hidden, weight, bias)
     gradients = Gradients(*(_zeros(x, _sum_dtype(hidden, weight)) for x in inputs))
     # Autocast changes nothing here: it leaves products in place alone.
     with torch.no_grad():
-        value, kl, hard = _evaluate(hidden, head, targets, call, chunk_rows, gradients)
+        value, kl, hard = _evaluate(hidden, head, teachers, call, chunk_rows, gradients)
     loss = _HandOver.apply(value, _kept(gradients, inputs), *inputs)  # type: ignore[no-untyped-call]
     return DistillationLoss(cast(Tensor, loss), kl, hard)
 
@@ -127,7 +126,7 @@ def default_rows(n: int, v: int, dtype: torch.dtype) -> int:
 def _evaluate(
     hidden: Tensor,
     head: Head,
-    targets: Targets | None,
+    teachers: tuple[Teacher, ...],
     call: Call,
     chunk_rows: int | None,
     gradients: Gradients,
@@ -135,38 +134,45 @@ def _evaluate(
     """The loss, and each row's KL and CE; adds to `gradients`."""
     n, v = len(hidden), len(head.weight)
     kl = torch.empty(n, dtype=_sum_dtype(hidden, head.weight), device=hidden.device)
-    log_label, rows = torch.empty_like(kl), no_targets(kl)
-    if targets is not None:
-        rows = resolve_tail(targets, call.tail, call.labels, v, kl.dtype, call.divergence)
+    log_label = torch.empty_like(kl)
     parts = share(call, kl)
     chunk_rows = chunk_rows or default_rows(n, v, kl.dtype)
-    temperature = call.temperature if targets is not None else 1.0
+    temperature = call.temperature if teachers else 1.0
     apart = temperature != 1 and call.labels is not None
     buffer = kl.new_empty((min(chunk_rows, n), v))
-    # With a softmax of their own, the hard labels take a few rows at a time.
-    step = max(SCRATCH_BYTES // (kl.itemsize * v), 1) if apart else chunk_rows
-    scratch = kl.new_empty((min(step, len(buffer)), v)) if apart else None
+    softmaxes = len(teachers) if call.tail == "bucket" else 1
+    scratch = Scratch(kl, len(buffer), v, softmaxes, apart)
     some = any(gradient is not None for gradient in gradients)
     for start in range(0, n, chunk_rows):
         chunk = slice(start, min(start + chunk_rows, n))
         z = buffer[: chunk.stop - start]
         h = hidden[chunk].to(_product_dtype(hidden, head.weight))
         _logits_(z, h, head)
-        for first in range(start, chunk.stop, step):
-            part = slice(first, min(first + step, chunk.stop))
-            block = z[first - start : part.stop - start]
-            own = None if scratch is None else scratch[: len(block)].copy_(block)
-            if temperature != 1:
-                block.div_(temperature)
-            factors = Factors(*(x[part] for x in parts.factors)) if some else None
-            here = Rows(*(None if x is None else x[part] for x in rows))  # type: ignore[arg-type]
-            kl[part], log_label[part] = evaluate_(block, here, parts.at[part], factors, own)
+        kl[chunk], log_label[chunk] = evaluate_blocks_(
+            z,
+            _resolved(teachers, call, chunk, kl, v),
+            parts.at[chunk],
+            Factors(*(x[chunk] for x in parts.factors)) if some else None,
+            temperature,
+            scratch,
+        )
         if some:
             _accumulate_(gradients, chunk, z, h, head)
-    if targets is None:
+    if not teachers:
         kl.fill_(torch.nan)
     value, hard = parts.total(kl, log_label)
     return value, kl, None if call.labels is None else hard
+
+
+def _resolved(
+    teachers: tuple[Teacher, ...], call: Call, chunk: slice, like: Tensor, num_classes: int
+) -> list[Weighed]:
+    """The targets of a chunk of rows: those of all rows would grow with N and with teachers."""
+    if not teachers:
+        return [Weighed(no_targets(like[chunk]), None)]
+    own = [teacher.rows(chunk) for teacher in teachers]
+    labels = None if call.labels is None else call.labels[chunk]
+    return resolve(own, call.tail, labels, num_classes, like.dtype, call.divergence)
 
 
 def _logits_(z: Tensor, h: Tensor, head: Head) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from softlabels.errors import BadInputError, MismatchError, SoftLabelsError, one_line
 from softlabels.storage import open_root, storage_errors
 from softlabels.student.checkpoint import STUDENT
+from softlabels.student.room import require_width
 from softlabels.student.spec import LanguageModelSpec
 from softlabels.student.tokens import NAME
 
@@ -35,11 +36,12 @@ def build_language_model(
     Args:
         spec: which.
         kind: what it is for.
-        num_classes: vocab_size of a new one whose config does not say.
+        num_classes: V of the plan; also vocab_size of a new one whose config does not say.
 
     Raises:
         BadInputError: `transformers` is not installed, or there is no such config or checkpoint.
-        MismatchError: the checkpoint lacks weights that the model has.
+        MismatchError: the checkpoint lacks weights that the model has, or it has another
+            vocabulary.
     """
     transformers = _transformers()
     build = getattr(transformers, _CLASSES[kind])
@@ -48,12 +50,21 @@ def build_language_model(
     with _built(spec, where), _quiet(transformers):
         if spec.checkpoint is not None:
             model = _trained(build, spec.checkpoint, dtype, where)
+            _require_width(model.config, num_classes)
         else:
             config = _config(transformers, spec.config, num_classes)
+            _require_width(config, num_classes)
             model = build.from_config(config, dtype=dtype, trust_remote_code=False)
     if spec.gradient_checkpointing:
         _checkpoint_layers(model)
     return cast(nn.Module, model)
+
+
+def _require_width(config: Any, num_classes: int | None) -> None:
+    # Before a forward pass: a narrow embedding fails there with an index out of range.
+    width = getattr(config, "vocab_size", None)
+    if num_classes is not None and isinstance(width, int):
+        require_width(width, num_classes)
 
 
 def leave_folder(out: Path, model: nn.Module, tokenizer: str | None) -> None:

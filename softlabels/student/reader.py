@@ -3,22 +3,23 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from softlabels.errors import BadInputError, IntegrityError, MismatchError
 from softlabels.lineage import Contents
-from softlabels.plan import Plan
+from softlabels.plan import Plan, PlanTable
 from softlabels.rules import PositionRules
 from softlabels.schema import COLUMNS, temper_columns
 from softlabels.student.files import Files
 from softlabels.student.groups import Groups
+from softlabels.student.order import Int64s
+from softlabels.student.rows import Rows
 from softlabels.student.ruled import keep_positions
-from softlabels.targets import Floats, SoftTargets
+from softlabels.student.tempered import at_own, stored_temperature
+from softlabels.targets import SoftTargets
 
 _ONE_SPACE = ("num_classes", "classes", "tokenizer_sha256", "alignment")
 """What tables must share for their ids to mean the same and their positions to align."""
@@ -36,83 +37,6 @@ _TARGETS = (
 """Whatever the loss: position rules may compare any of them."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Decoded rows: soft targets, example ids and the columns asked, all of one length.
-
-    `position_weights` are float32 [N]; None where the plan weighs no position.
-    """
-
-    targets: SoftTargets
-    example_ids: pa.Array
-    columns: Mapping[str, pa.Array]
-    position_weights: Floats | None = None
-
-    def __len__(self) -> int:
-        return len(self.example_ids)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        values = [v for v in vars(self.targets).values() if isinstance(v, np.ndarray)]
-        values += [a for t in self.targets.temper.values() for a in (t.shift, t.tail)]
-        values += [] if self.position_weights is None else [self.position_weights]
-        arrays = [self.example_ids, *self.columns.values()]
-        return sum(int(value.nbytes) for value in [*values, *arrays])
-
-    def take(self, index: npt.NDArray[np.integer[Any]]) -> Self:
-        """The rows `index`, in that order; a row may come twice."""
-        picked = pa.array(index)
-        positions = self.targets.positions_of(index)
-        weights = self.position_weights
-        return type(self)(
-            self.targets.map_positions(positions, self.targets.num_positions[index]),
-            self.example_ids.take(picked),
-            {name: values.take(picked) for name, values in self.columns.items()},
-            None if weights is None else weights[positions],
-        )
-
-    def slice(self, start: int, stop: int) -> Self:
-        """The rows [start, stop), without a copy."""
-        targets = self.targets.slice(start, stop)
-        weights = self.position_weights
-        if weights is not None:
-            first = int(self.targets.num_positions[:start].sum())
-            weights = weights[first : first + len(targets.ids)]
-        return type(self)(
-            targets,
-            self.example_ids.slice(start, stop - start),
-            {n: values.slice(start, stop - start) for n, values in self.columns.items()},
-            weights,
-        )
-
-    @classmethod
-    def concat(cls, parts: Sequence[Self]) -> Self:
-        """The rows of all parts, one part after the other; a single part is itself.
-
-        Raises:
-            BadInputError: a column would hold over 2 GB, more than an Arrow array can.
-        """
-        if len(parts) == 1:
-            return parts[0]
-
-        def joined(arrays: list[pa.Array]) -> pa.Array:
-            try:
-                return pa.concat_arrays(arrays)
-            except pa.ArrowInvalid as error:
-                raise BadInputError(
-                    f"a window's rows do not fit into one Arrow array ({error}): choose a smaller "
-                    "shuffle_rows"
-                ) from error
-
-        return cls(
-            SoftTargets.concat([part.targets for part in parts]),
-            joined([part.example_ids for part in parts]),
-            {name: joined([p.columns[name] for p in parts]) for name in parts[0].columns},
-            _joined_weights(parts),
-        )
-
-
 class Reader:
     """Decodes a plan's entries, and keeps what was decoded last.
 
@@ -122,14 +46,15 @@ class Reader:
     Attributes:
         k: ids a position of all rows, the largest of the plan's tables; others are padded.
         draws: tail draws a position; 0 unless all tables hold the same number, drawn at the same
-            temperature.
+            temperature relative to the table's own.
 
     Args:
-        plan: what to read.
+        plan: what to read. A table with a temperature of its own is read as if that were 1.
         columns: further columns to decode.
         temperatures: extra temperatures to decode; 1 needs nothing and is passed over.
         roots: where tables are now, by name.
         cache_bytes: how much decoded data to keep.
+        tracked: keep in mind which positions the rules left, for further teachers' rows.
 
     Raises:
         BadInputError: a column is not in a table.
@@ -144,21 +69,25 @@ class Reader:
         temperatures: Sequence[float] = (),
         roots: Mapping[str, str] | None = None,
         cache_bytes: int = 512 << 20,
+        tracked: bool = False,
     ) -> None:
         self._contents = {name: table.contents for name, table in plan.tables.items()}
         self._rules = {name: table.positions for name, table in plan.tables.items()}
         self._weighted = any(rules.weights for rules in self._rules.values() if rules)
         self._columns = list(dict.fromkeys(columns))
         self._temperatures = [float(t) for t in dict.fromkeys(temperatures) if t != 1]
-        _check_label_space(self._contents)
+        check_label_space(self._contents)
         _check_columns(self._contents, self._columns)
-        _check_temperatures(self._contents, self._temperatures)
+        self._own, self._stored = {}, {}
+        for name, table in plan.tables.items():
+            self._own[name], self._stored[name] = _temperatures(table, self._temperatures)
         self.k = max((c.k for c in self._contents.values()), default=0)
-        drawn = {(c.draws, c.draws_temperature) for c in self._contents.values()}
+        drawn = {(c.draws, c.draws_temperature / self._own[n]) for n, c in self._contents.items()}
         # A row's draws share its tail in equal parts: padding them would lose mass.
         self.draws = min(drawn)[0] if len(drawn) == 1 else 0
         self._groups = Groups(plan)
         self._files = Files(plan, roots)
+        self._tracked = tracked
         self._types: dict[str, tuple[pa.DataType, str]] = {}
         self._cache: OrderedDict[int, Rows] = OrderedDict()
         self._cache_bytes = cache_bytes
@@ -187,12 +116,33 @@ class Reader:
         place = self._groups.places(number)
         return rows if place is None else rows.take(place)
 
+    def gather(self, entries: Int64s, rows: Int64s, closed: threading.Event) -> Rows | None:
+        """One row for each pair of an entry and a row that it takes; None once `closed`.
+
+        Args:
+            entries: int64 [B], at least one.
+            rows: int64 [B], which of the entry's.
+            closed: whether anybody still wants them.
+        """
+        needed, which = np.unique(entries, return_inverse=True)
+        parts = []
+        for entry in needed:
+            if closed.is_set():
+                return None
+            parts.append(self.entry(int(entry)))
+        sizes = np.array([len(part) for part in parts])
+        index = (np.cumsum(sizes) - sizes)[which] + rows
+        joined = Rows.concat(parts)
+        parts.clear()  # what is joined and what was decoded would both be held beside the result
+        return joined.take(index)
+
     def _decode(self, group: int) -> Rows:
         name, path, index = self._groups.location(group)
-        rules = self._rules[name]
+        rules, own = self._rules[name], self._own[name]
+        needed = [t for t in dict.fromkeys([own, *self._stored[name].values()]) if t != 1]
         wanted = ["example_id", *_TARGETS, *self._columns]
         wanted += ["sampled_ids"] if self.draws else []
-        wanted += [c for t in self._temperatures for c in temper_columns(t)]
+        wanted += [c for t in needed for c in temper_columns(t)]
         batch = self._files.read(name, path, index, wanted)
         if missing := sorted(set(wanted) - set(batch.schema.names)):
             raise IntegrityError(f"file {path!r} of table {name!r} has no column {missing[0]!r}")
@@ -200,18 +150,22 @@ class Reader:
         values = {field: batch[field] for field in wanted}
         stored = self._contents[name].k
         try:
-            targets = SoftTargets.from_columns(values, stored, self.draws, self._temperatures)
+            targets = SoftTargets.from_columns(values, stored, self.draws, needed)
             columns = {column: values[column] for column in self._columns}
             rows = Rows(targets, values["example_id"], columns)
             taken = self._groups.taken(group, len(rows))
             rows = rows if taken is None else rows.take(taken)
+            if self._tracked:
+                rows = _numbered(rows)
             if rules is not None:
                 rows = _ruled(rows, rules)
         except IntegrityError as error:
             raise IntegrityError(f"file {path!r} of table {name!r}: {error}") from error
         if self._weighted and rows.position_weights is None:
             rows = replace(rows, position_weights=np.ones(len(rows.targets.ids), np.float32))
-        return replace(rows, targets=_padded(rows.targets, self.k))
+        # After the rules, which compare values at temperature 1.
+        at_one = at_own(rows.targets, own, self._stored[name])
+        return replace(rows, targets=_padded(at_one, self.k))
 
     def _check_types(self, batch: pa.RecordBatch, table: str) -> None:
         for name in self._columns:
@@ -224,12 +178,21 @@ class Reader:
                 )
 
 
+def _numbered(rows: Rows) -> Rows:
+    """`rows` with the place of each position in its row."""
+    counts = rows.targets.num_positions
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    kept = (np.arange(len(starts)) - starts).astype(np.int32)
+    return replace(rows, kept=kept, whole=counts)
+
+
 def _ruled(rows: Rows, rules: PositionRules) -> Rows:
     """`rows` with the positions that `rules` keep, and their weights where they weigh any."""
     keep = rules.keep(rows.targets)
     if not keep.all():
         targets, columns = keep_positions(rows.targets, rows.columns, keep)
-        rows = replace(rows, targets=targets, columns=columns)
+        kept = None if rows.kept is None else rows.kept[keep]
+        rows = replace(rows, targets=targets, columns=columns, kept=kept)
     counts = rows.targets.num_positions
     if len(counts) and not counts.min():
         empty = rows.example_ids[int(np.argmin(counts))].as_py()
@@ -238,11 +201,6 @@ def _ruled(rows: Rows, rules: PositionRules) -> Rows:
             "they were not made for these labels"
         )
     return replace(rows, position_weights=rules.weigh(rows.targets)) if rules.weights else rows
-
-
-def _joined_weights(parts: Sequence[Rows]) -> Floats | None:
-    weights = [part.position_weights for part in parts if part.position_weights is not None]
-    return np.concatenate(weights) if weights else None
 
 
 def _padded(targets: SoftTargets, k: int) -> SoftTargets:
@@ -256,7 +214,8 @@ def _padded(targets: SoftTargets, k: int) -> SoftTargets:
     )
 
 
-def _check_label_space(tables: Mapping[str, Contents]) -> None:
+def check_label_space(tables: Mapping[str, Contents]) -> None:
+    """Raises MismatchError unless ids mean the same, and positions align, in all tables."""
     first = next(iter(tables), "")
     for name, contents in tables.items():
         for field in _ONE_SPACE:
@@ -278,11 +237,9 @@ def _check_columns(tables: Mapping[str, Contents], columns: Sequence[str]) -> No
                 )
 
 
-def _check_temperatures(tables: Mapping[str, Contents], temperatures: Sequence[float]) -> None:
-    for name, contents in tables.items():
-        for temperature in temperatures:
-            if temperature not in contents.temperatures:
-                raise MismatchError(
-                    f"temperature {temperature!r} is asked, table {name!r} stores "
-                    f"{[1.0, *contents.temperatures]!r}; another cannot be derived: capture it"
-                )
+def _temperatures(table: PlanTable, asked: Sequence[float]) -> tuple[float, dict[float, float]]:
+    """The table's own temperature, and the stored one for each of the loss's."""
+    where = f"table {table.name!r}"
+    own = stored_temperature(table.contents, table.temperature, 1.0, where)
+    stored = {t: stored_temperature(table.contents, own, t, where) for t in asked}
+    return own, stored

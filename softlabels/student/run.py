@@ -296,6 +296,8 @@ def _lineage(spec: RunSpec, plan: Plan, model: nn.Module, decode: Decode | None)
             "snapshot_digest": table.snapshot_digest,
             "teacher_fingerprint": table.contents.teacher.fingerprint(),
             "contents": table.contents.model_dump(mode="json"),
+            # Left out where it says nothing, as before tables had one.
+            **({} if table.temperature == 1 else {"temperature": table.temperature}),
         }
         for table in plan.tables.values()
     ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softlabels.errors import DataError
 from softlabels.student.spec import Normalization
-from softlabels.student.stream import Batch
+from softlabels.student.stream import Batch, Member
 from softlabels.targets import Floats, to_numpy
 
 COLUMNS = ("input_ids", "position_index", "segment_ids")
@@ -120,7 +120,7 @@ def row_slices(batch: Batch, rows: int | None) -> Iterator[tuple[Batch, slice]]:
     for start in range(0, len(batch), rows):
         stop = min(start + rows, len(batch))
         places = slice(int(ends[start]), int(ends[stop]))
-        own = batch.position_weights
+        own, shares = batch.position_weights, batch.member_weights
         part = replace(
             batch,
             targets=batch.targets.slice(start, stop),
@@ -128,6 +128,8 @@ def row_slices(batch: Batch, rows: int | None) -> Iterator[tuple[Batch, slice]]:
             columns={n: c.slice(start, stop - start) for n, c in batch.columns.items()},
             loss_weights=batch.loss_weights[start:stop],
             position_weights=None if own is None else own[places],
+            others=tuple(Member(one.targets.slice(start, stop)) for one in batch.others),
+            member_weights=None if shares is None else shares[start:stop],
         )
         yield part, places
 

@@ -4,7 +4,6 @@ The state after any batch is a few numbers. It resumes at once, on other ranks o
 batch size, across an epoch border.
 """
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,20 +14,29 @@ import pyarrow as pa
 
 from softlabels.errors import BadInputError, IntegrityError, MismatchError
 from softlabels.plan import Plan
-from softlabels.student.order import (
-    VERSION,
-    EpochOrder,
-    Int64s,
-    Order,
-    check_ranks,
-    owned_positions,
-)
+from softlabels.student.files import require_roots
+from softlabels.student.members import Members, slot_plan
+from softlabels.student.order import VERSION, Order, check_ranks
 from softlabels.student.readahead import ReadAhead
-from softlabels.student.reader import Reader, Rows
+from softlabels.student.reader import Reader
+from softlabels.student.rows import Rows
+from softlabels.student.windows import Window, Windows
 from softlabels.targets import Floats, SoftTargets, to_numpy
 
 WINDOW_BYTES = 32 << 20
 """Of files, that are shuffled among each other: in memory they are a few times as much."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A further teacher of an ensemble plan's rows.
+
+    Attributes:
+        targets: with the positions of the batch's targets. A row that this teacher does not speak
+            of has the weight 0 and says nothing: no id, all mass in its tail.
+    """
+
+    targets: SoftTargets
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,9 @@ class Batch:
         loss_weights: float32 [B].
         position_weights: float32 [N], of the positions in `targets`; None where the plan weighs
             none, so that each counts 1.
+        others: the further teachers of an ensemble plan; T - 1 of them, none in other plans.
+        member_weights: float32 [B, T], what the target of each teacher counts, `targets` first; a
+            row's sum is 1. None in plans without ensembles.
         epoch: from 0.
         position: rows of this epoch before the batch, over all ranks.
         global_weight: sum of the loss weights over all ranks: what gradients are divided by.
@@ -58,31 +69,11 @@ class Batch:
     position: int
     global_weight: float
     position_weights: Floats | None = None
+    others: tuple[Member, ...] = ()
+    member_weights: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.example_ids)
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Consecutive positions [start, stop) of an epoch, with the rows of one rank.
-
-    `weights` are of all positions; `owned` are the rank's positions, `rows` what is there.
-    """
-
-    epoch: int
-    start: int
-    stop: int
-    weights: Floats
-    owned: Int64s
-    rows: Rows
-
-    def cut(self, start: int, stop: int) -> tuple[Rows, Floats, float]:
-        """Of the positions [start, stop): the rank's rows, their weights, the weight of all."""
-        first, last = (int(i) for i in np.searchsorted(self.owned, (start, stop)))
-        weights = self.weights[self.owned[first:last] - self.start]
-        everyone = self.weights[start - self.start : stop - self.start]
-        return self.rows.slice(first, last), weights, float(everyone.sum(dtype=np.float64))
 
 
 class Stream:
@@ -96,7 +87,8 @@ class Stream:
 
     Memory: `read_ahead` + 1 windows of about `shuffle_rows` rows, of which a rank holds its share,
     one more, decoded whole, while it is gathered, and `cache_bytes`. A position of 16 stored ids
-    and 16 draws takes 212 bytes, and about 70 in a file: a window of WINDOW_BYTES is 100 MB.
+    and 16 draws takes 212 bytes, and about 70 in a file: a window of WINDOW_BYTES is 100 MB. In an
+    ensemble plan all of this is so for each teacher.
 
     Args:
         plan: what to read.
@@ -105,7 +97,8 @@ class Stream:
         epochs: how many from the start of training; None: without end.
         shuffle: False reads in plan order.
         columns: further columns of every batch.
-        temperatures: extra temperatures whose shift and tail every batch holds.
+        temperatures: extra temperatures whose shift and tail every batch holds. Of a table with a
+            temperature of its own, that times these.
         roots: where tables are now, by their name in the plan.
         rank: which rank this is.
         world_size: ranks, at most 64.
@@ -149,16 +142,24 @@ class Stream:
         if epochs is not None and epochs < 0:
             raise BadInputError(f"epochs: expected at least 0, found {epochs!r}")
         self._order = _order(plan, int(seed), shuffle, shuffle_rows)
-        self._weights = _column(plan, "loss_weight", np.float32)
+        weights = _column(plan, "loss_weight", np.float32)
         if not self.rows_per_epoch:
             raise BadInputError("the plan has no rows: an epoch of it would never end")
-        self._reader = Reader(plan, columns, temperatures, roots, cache_bytes)
+        first, several, roots = slot_plan(plan, 0), plan.num_members > 1, dict(roots or {})
+        require_roots(plan, roots)
+        ruled = any(table.positions is not None for table in first.tables.values())
+        self._reader = Reader(
+            first, columns, temperatures, first.roots_of(roots), cache_bytes, several and ruled
+        )
+        members = Members(plan, temperatures, roots, cache_bytes) if several else None
+        self._windows = Windows(
+            self._order, weights, self._reader, members, rank, world_size, epochs
+        )
         self._batch_size = batch_size
         self._epochs = epochs
-        self._rank, self._world_size = rank, world_size
         self._depth = read_ahead
         self._epoch, self._position = 0, 0
-        self._ahead: ReadAhead[_Window] | None = None
+        self._ahead: ReadAhead[Window] | None = None
         self._waited = 0.0
 
     @property
@@ -230,9 +231,9 @@ class Stream:
         """
         self._end_iteration()
         begin = (self._epoch, self._position)
-        ahead = ReadAhead(lambda closed: self._windows(*begin, closed), self._depth)
+        ahead = ReadAhead(lambda closed: self._windows.read(*begin, closed), self._depth)
         self._ahead = ahead
-        window: _Window | None = None
+        window: Window | None = None
         try:
             while self._epochs is None or self._epoch < self._epochs:
                 epoch, start = self._epoch, self._position
@@ -271,39 +272,6 @@ class Stream:
             "shuffle": int(order.shuffle),
             "shuffle_rows": order.shuffle_rows,
         }
-
-    def _windows(self, epoch: int, position: int, closed: threading.Event) -> Iterator[_Window]:
-        """Windows from a position on, until `closed`; runs in the reading thread."""
-        while self._epochs is None or epoch < self._epochs:
-            order = self._order.epoch(epoch)
-            for number in range(order.window_at(position), order.num_windows):
-                window = self._window(order, epoch, number, position, closed)
-                if window is None:
-                    return
-                yield window
-            epoch, position = epoch + 1, 0
-
-    def _window(
-        self, order: EpochOrder, epoch: int, number: int, position: int, closed: threading.Event
-    ) -> _Window | None:
-        first, stop = int(order.starts[number]), int(order.starts[number + 1])
-        start = max(first, position)
-        entries, rows = (values[start - first :] for values in order.window(number))
-        owned = owned_positions(start, stop, self._rank, self._world_size)
-        # A rank without a row here still needs arrays of the right width and type.
-        chosen = owned - start if len(owned) else np.zeros(1, np.int64)
-        needed, which = np.unique(entries[chosen], return_inverse=True)
-        parts = []
-        for entry in needed:
-            if closed.is_set():
-                return None
-            parts.append(self._reader.entry(int(entry)))
-        sizes = np.array([len(part) for part in parts])
-        index = (np.cumsum(sizes) - sizes)[which] + rows[chosen]
-        joined = Rows.concat(parts)
-        parts.clear()  # what is joined and what was decoded would both be held beside the result
-        mine = joined.take(index[: len(owned)])
-        return _Window(epoch, start, stop, self._weights[entries], owned, mine)
 
 
 def window_rows(plan: Plan) -> int:
@@ -348,4 +316,6 @@ def _batch(pieces: Sequence[tuple[Rows, Floats, float]], epoch: int, position: i
         position=position,
         global_weight=sum(weight for _, _, weight in pieces),
         position_weights=rows.position_weights,
+        others=tuple(map(Member, rows.others)),
+        member_weights=rows.member_weights,
     )

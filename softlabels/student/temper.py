@@ -65,7 +65,7 @@ class Targets(NamedTuple):
         logprobs: float32 or float64 [N, k], nats, of the full softmax; -inf where padded.
         tail_logprob: like logprobs [N], nats, log of the mass outside the top k; -inf: none.
         draws: int32 or int64 [N, m], drawn from the tail, may repeat; -1 when the tail is empty.
-        entropy: like logprobs [N], nats, of the full distribution; None: unknown.
+        entropy: like logprobs [N], nats, of the full distribution; NaN or None: unknown.
     """
 
     ids: Int[Tensor, "N k"]
@@ -204,7 +204,8 @@ def resolve_tail(
         return _on_label(rows, r, labels)
     if tail == "sampled":
         if targets.entropy is not None:
-            rows = rows._replace(entropy=targets.entropy.to(dtype))
+            stated = targets.entropy.to(dtype)
+            rows = rows._replace(entropy=known.where(stated.isnan(), stated))
         return rows if targets.draws is None else _on_draws(rows, r, targets.draws)
     return rows._replace(entropy=_entropy(probs))
 

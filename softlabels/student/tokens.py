@@ -13,6 +13,8 @@ from softlabels.errors import BadInputError, one_line
 from softlabels.fingerprint import sha256_bytes, sha256_vocabulary
 
 NAME = "tokenizer.json"
+_CONFIG = "tokenizer_config.json"
+_TEMPLATE = "chat_template.jinja"
 
 
 def tokenizer_sha256(path: str | os.PathLike[str]) -> str:
@@ -54,6 +56,25 @@ def template_sha256(path: str) -> str:
         return sha256_bytes(Path(path).read_text(encoding="utf-8").encode())
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"chat_template: cannot read {path!r}: {one_line(error)}") from error
+
+
+def own_template_sha256(folder: str) -> str | None:
+    """The same of the template that a folder brings; None where it brings none, or several.
+
+    Raises:
+        BadInputError: its file cannot be read.
+    """
+    own = Path(folder) / _TEMPLATE
+    if own.is_file():
+        return template_sha256(str(own))
+    try:
+        config = json.loads((Path(folder) / _CONFIG).read_text(encoding="utf-8"))
+        template = config.get("chat_template")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadInputError(f"tokenizer: cannot read {folder}/{_CONFIG}: {error}") from error
+    return sha256_bytes(template.encode()) if isinstance(template, str) else None
 
 
 def _tokens(data: Mapping[str, Any]) -> dict[str, int]:

@@ -24,7 +24,7 @@ from softlabels.errors import BadInputError, DataError, SoftLabelsError, TryAgai
 from softlabels.signals import stop_on_signal
 from softlabels.storage import storage_errors
 from softlabels.student import checkpoint
-from softlabels.student.batch import Decode, labels_and_weights, targets_at
+from softlabels.student.batch import Decode, labels_and_weights, tails_known, targets_of
 from softlabels.student.fit import require_fit
 from softlabels.student.losses import DistillationLoss
 from softlabels.student.run import CHECKPOINTS, Run
@@ -198,9 +198,8 @@ def _forward(run: Run, batch: Batch, weights: Floats | None, normalizer: float) 
     # Hard labels alone need no tail mode, and so no draws.
     tail = loss.tail if loss.kd_weight else "bucket"
     targets = None  # those of unknown tails serve hard labels only
-    tails = batch.targets.tail
-    if loss.kd_weight or (tails is not None and not np.isnan(tails).any()):
-        targets = targets_at(batch.targets, loss.temperature, run.device, tail == "sampled")
+    if loss.kd_weight or tails_known(batch):
+        targets = targets_of(batch, loss.temperature, run.device, tail == "sampled")
     labels, own = labels_and_weights(batch, run.device, weights)
     with _users_code(run, batch):
         outputs = run.forward(batch)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -286,9 +287,14 @@ def _loading(spec: ModelSpec) -> Iterator[None]:
                 f"{one_line(error)[:200]}"
             ) from error
         raise BadInputError(
-            f"model {spec.model!r} cannot be loaded: {type(error).__name__}: "
+            f"model {spec.model!r} {_missing(spec.model)}cannot be loaded: "
+            f"{type(error).__name__}: "
             f"{one_line(error)[:300]}"
         ) from error
+
+
+def _missing(model: str) -> str:
+    return "" if os.path.exists(model) else "is no folder or file of this machine and "
 
 
 def _unreachable(error: BaseException | None) -> bool:

@@ -259,11 +259,18 @@ def _digest(values: tuple[Any, ...]) -> str:
     return digest.hexdigest()
 
 
-def _id_of(run: Run, row: int) -> str:
+def _two_contents(run: Run, row: int, other: int) -> DataError:
+    """What to say of two rows of one id."""
     name = example_ids(run, next(run.source.batches(row, row + 1, run.columns.all)), row)[0]
-    splits = isinstance(run.spec, SequenceCaptureSpec) and "#" in name
-    parts = " (ids that end in #1, #2 and so on are parts of a split document)" if splits else ""
-    return f"example id {name!r}{parts}"
+    where, parts = f": {run.source.locate(row)} and {run.source.locate(other)}", ""
+    if isinstance(run.spec, SequenceCaptureSpec):
+        where = ""  # rows of the tokenised file, which users do not know
+        if "#" in name:
+            parts = " (ids that end in #1, #2 and so on are parts of a split document)"
+    return DataError(
+        f"example id {name!r} stands for two contents{where}; make ids unique, or leave out "
+        f"example_id to use the content's sha256{parts}"
+    )
 
 
 def _find_repeated(run: Run, keys: Keys, contents: Keys, labels: Keys) -> Scan:
@@ -275,10 +282,6 @@ def _find_repeated(run: Run, keys: Keys, contents: Keys, labels: Keys) -> Scan:
     different = again & (contents[order] != contents[first])
     if different.any():
         at = int(np.argmax(different))
-        here, there = run.source.locate(int(order[at])), run.source.locate(int(first[at]))
-        raise DataError(
-            f"{_id_of(run, int(order[at]))} stands for two contents: {here} and {there}; "
-            "make ids unique, or leave out example_id to use the content's sha256"
-        )
+        raise _two_contents(run, int(order[at]), int(first[at]))
     relabelled = int((again & (labels[order] != labels[first])).sum())
     return Scan(keys, np.sort(order[again]).astype(np.int64), relabelled)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from softlabels.errors import BadInputError, one_line
+from softlabels.errors import BadInputError, MismatchError, one_line
 from softlabels.fingerprint import sha256_bytes, sha256_json, sha256_vocabulary
 from softlabels.teacher.spec import SequenceCaptureSpec
 
@@ -193,15 +194,29 @@ def tokenizer_of(spec: SequenceCaptureSpec) -> Tokenizer:
 
     Raises:
         BadInputError: it cannot be loaded, or there are chats and no template.
+        MismatchError: the model's folder has another.
     """
     teacher, source = spec.teacher, spec.source
     if teacher.tokenizer is not None:
         tokenizer = load_tokenizer(teacher.tokenizer)  # the revision is the model's
+        _require_own(tokenizer, teacher.model)
     else:
         tokenizer = load_tokenizer(teacher.model, teacher.revision)
     if source.messages is None:
         return tokenizer
     return with_chat_template(tokenizer, source.chat_template)
+
+
+def _require_own(tokenizer: Tokenizer, model: str) -> None:
+    if not os.path.isfile(os.path.join(model, "tokenizer.json")):
+        return
+    own = load_tokenizer(model)
+    if own.sha256 != tokenizer.sha256:
+        raise MismatchError(
+            f"tokenizers differ: teacher.tokenizer {tokenizer.name!r} has sha256 "
+            f"{tokenizer.sha256!r}, that of model {model!r} has {own.sha256!r}: the model would "
+            "read other words"
+        )
 
 
 def load_tokenizer(path: str, revision: str = "") -> Tokenizer:

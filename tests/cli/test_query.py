@@ -195,7 +195,13 @@ def test_no_file_is_written_over_unless_forced(run: Runner, table: Table, tmp_pa
     run("query", table.root.uri, sql, "-o", precious, "--force")
     assert precious.read_text() == "one\n1\n"
     for _ in range(2):
-        run("mix", recipe, "-o", plan)
+        assert run("mix", recipe, "-o", plan).returncode == 0
+    first = Plan.read(plan).fingerprint
+    other = write_recipe(tmp_path, table, where="label < 5")
+    assert f"holds another plan, '{first[:16]}'" in refused(softlabels("mix", other, "-o", plan))
+    assert Plan.read(plan).fingerprint == first
+    assert run("mix", other, "-o", plan, "--force").returncode == 0
+    assert Plan.read(plan).fingerprint != first
 
 
 def test_position_rules_are_counted_and_said(run: Runner, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import yaml
 
 from softlabels.cli import main
 from softlabels.student.checkpoint import read_weights
+from tests.plans import make_ensemble_plan
 from tests.student.language import language_spec, make_language_plan
 from tests.student.problem import make_problem, run_spec
+from tests.student.test_ensemble_runs import make_teachers
 
 
 class Ended(NamedTuple):
@@ -185,3 +187,21 @@ def test_evaluate_mistakes_are_one_line(
     ended = softlabels("evaluate", tmp_path / "run", "--plan", other)
     assert ended.code == 1
     assert "the student has 6 classes, the evaluation plan has 7" in ended.err
+
+
+def test_a_student_of_an_ensemble_is_evaluated_without_a_mixture_that_is_not_stored(
+    tmp_path: Path, softlabels: Run
+) -> None:
+    plan = tmp_path / "few.plan.parquet"
+    make_ensemble_plan(make_teachers(tmp_path, 4)).write(plan)
+    made = run_spec(tmp_path, plan, evaluate={"plan": str(plan)}, steps=2)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(made.model_dump(mode="json")))
+    assert softlabels("train", path).code == 0
+    ended = softlabels("evaluate", tmp_path / "run", "--json")
+    assert ended.code == 0
+    assert ended.err.startswith("warning: the teacher's figures of an ensemble need every class")
+    assert ended.err.count("\n") == 1
+    found = json.loads(ended.out)
+    assert found["student"]["kl_to_teacher"] > 0
+    assert "teacher" not in found

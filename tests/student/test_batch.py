@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from softlabels.errors import BadInputError, MismatchError
-from softlabels.student.batch import LabelSpace, label_space, require_servable, targets_at, to_torch
+from softlabels.student.batch import LabelSpace, label_space, targets_at, to_torch
+from softlabels.student.losses import Targets
+from softlabels.student.servable import require_servable
 from softlabels.student.spec import LossSpec
 from softlabels.student.stream import Stream
 from tests.plans import make_plan
@@ -21,13 +23,16 @@ def test_values_at_temperature_1_and_2(tmp_path: Path) -> None:
         scaled = dense / temperature
         scaled -= np.log(np.exp(scaled).sum(1, keepdims=True))
         inputs = to_torch(batch, temperature, draws=True)
+        assert isinstance(inputs.targets, Targets)
         ids = inputs.targets.ids.numpy()
         expected = np.take_along_axis(scaled, ids, 1)
         np.testing.assert_allclose(inputs.targets.logprobs, expected, atol=6e-3)
         tail = np.log(1 - np.exp(expected).sum(1))
         np.testing.assert_allclose(inputs.targets.tail_logprob, tail, atol=1e-2)
         assert inputs.targets.draws is not None
-    assert to_torch(batch).targets.draws is None
+    plain = to_torch(batch).targets
+    assert isinstance(plain, Targets)
+    assert plain.draws is None
     assert inputs.labels is not None
     assert inputs.labels.tolist() == [i % 9 for i in range(40)]
     with pytest.raises(MismatchError, match=r"temperature 3.0 is not stored.*\[1.0, 2.0\]"):
@@ -38,6 +43,7 @@ def test_arrays_are_shared_not_copied(tmp_path: Path) -> None:
     table = make_table(tmp_path / "t", rows=40)
     (batch,) = Stream(make_plan(table), batch_size=40, epochs=1)
     inputs = to_torch(batch)
+    assert isinstance(inputs.targets, Targets)
     assert inputs.targets.ids.data_ptr() == batch.targets.ids.ctypes.data
     assert inputs.targets.logprobs.data_ptr() == batch.targets.logprobs.ctypes.data
 

@@ -163,7 +163,7 @@ def test_padding_rows_of_the_head_take_no_part(batches: dict[str, Batch]) -> Non
 @pytest.mark.parametrize("fused", ["auto", "never"])
 def test_another_width_is_refused(batches: dict[str, Batch], width: int, fused: Fused) -> None:
     # One token fewer is only a matter of the head here: the embedding has all.
-    model: Any = build(LLAMA | {"vocab_size": CLASSES + 1024})
+    model: Any = build(LLAMA | {"vocab_size": CLASSES + 1023})
     model.lm_head = nn.Linear(32, width, bias=False)
     with pytest.raises(MismatchError, match=rf"head has {width} rows.* vocabulary has {CLASSES}"):
         LanguageModel(model, CLASSES, "next", fused=fused)(batches["plain"])

@@ -9,9 +9,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softlabels.errors import BadInputError, MismatchError, SoftLabelsError
-from softlabels.student import fused, kernel
+from softlabels.student import blocks, fused, kernel
 from softlabels.student.fused import default_rows, linear_distillation_loss
-from softlabels.student.losses import DistillationLoss, TailMode, Targets, distillation_loss
+from softlabels.student.losses import (
+    DistillationLoss,
+    Several,
+    TailMode,
+    Targets,
+    distillation_loss,
+)
 from tests.student.test_losses import (
     LABELS,
     MODES,
@@ -61,7 +67,7 @@ def gradients(loss: Tensor, of: Inputs) -> Inputs:
     return Inputs(*torch.autograd.grad(loss, of))
 
 
-def fused_loss(x: Inputs, targets: Targets | None, **options: Any) -> DistillationLoss:
+def fused_loss(x: Inputs, targets: Several | None, **options: Any) -> DistillationLoss:
     settings: dict[str, Any] = {"bias": x.bias, "num_classes": V} | options
     return linear_distillation_loss(x.hidden, x.weight, targets, **settings)
 
@@ -88,7 +94,7 @@ def test_value_and_gradients_are_the_dense_ones_whatever_the_chunk(
     want = (w * (kd_weight * temperature**2 * kl + (1 - kd_weight) * hard)).sum() / w.sum()
     want_gradients = gradients(want, x)
     # Rows of the second softmax at T != 1: two at a time.
-    monkeypatch.setattr(fused, "SCRATCH_BYTES", 2 * 8 * V)
+    monkeypatch.setattr(blocks, "SCRATCH_BYTES", 2 * 8 * V)
     for chunk_rows in (1, 3, N - 1, N, N + 7, None):
         got = fused_loss(
             x,

@@ -17,11 +17,22 @@ pytestmark = pytest.mark.filterwarnings("ignore:tail 'renormalize':UserWarning")
 
 
 def teacher(
-    seed: int = 0, n: int = N, v: int = V, k: int = K, m: int = M, full_rows: bool = False
+    seed: int = 0,
+    n: int = N,
+    v: int = V,
+    k: int = K,
+    m: int = M,
+    full_rows: bool = False,
+    favoured: slice = slice(0, 0),
 ) -> tuple[Targets, Tensor]:
-    """Float64 targets with ragged heads (1 to k ids a row, then -1), and the dense teacher."""
+    """Float64 targets with ragged heads (1 to k ids a row, then -1), and the dense teacher.
+
+    `favoured` classes are the likeliest: so that heads of several teachers share no id.
+    """
     gen = torch.Generator().manual_seed(seed)
-    dense = torch.log_softmax(2 * torch.randn(n, v, generator=gen, dtype=torch.float64), 1)
+    logits = 2 * torch.randn(n, v, generator=gen, dtype=torch.float64)
+    logits[:, favoured] += 12
+    dense = torch.log_softmax(logits, 1)
     logprobs, ids = dense.topk(k, 1)
     keep = torch.arange(k) < (k - torch.arange(n) % max(k, 1)).unsqueeze(1)
     if not full_rows:

@@ -333,12 +333,13 @@ def test_tempering_refuses_what_does_not_fit() -> None:
 @pytest.fixture
 def typed() -> Iterator[ModuleType]:
     """A copy of the losses whose shape annotations are executed."""
-    names = ["softlabels.student.temper", "softlabels.student.losses"]
+    modules = ("temper", "several", "call", "blocks", "losses")
+    names = [f"softlabels.student.{module}" for module in modules]
     package = sys.modules["softlabels.student"]
     kept = {name: sys.modules.pop(name) for name in names}
     try:
         with jaxtyping.install_import_hook(names, "beartype.beartype"):
-            yield importlib.import_module(names[1])
+            yield importlib.import_module(names[-1])
     finally:
         sys.modules.update(kept)
         for name, module in kept.items():
@@ -355,6 +356,8 @@ def test_shapes_at_the_border_are_what_the_annotations_say(typed: ModuleType) ->
                     logits, targets, tail=tail, weights=weights, labels=LABELS, temperature=2.0
                 )
                 result.loss.backward()
+    both = [(targets, torch.ones(3)), (targets, torch.tensor(0.5))]
+    typed.distillation_loss(torch.zeros(3, V), both, tail="sampled")
     typed.check_targets(targets, V)
     typed.temper(targets, 1.0, shift=torch.zeros(3), tail_logprob=targets.tail_logprob)
     with pytest.raises(jaxtyping.TypeCheckError):

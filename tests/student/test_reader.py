@@ -11,7 +11,8 @@ from softlabels.plan import POSITIONS, Plan, entries_table
 from softlabels.rules import Condition, PositionRules, PositionWeight
 from softlabels.store import shards
 from softlabels.store.table import Table
-from softlabels.student.reader import Reader, Rows
+from softlabels.student.reader import Reader
+from softlabels.student.rows import Rows
 from softlabels.student.ruled import keep_positions
 from tests.plans import make_plan
 from tests.sequences import make_uneven
@@ -146,7 +147,7 @@ def test_a_column_that_a_table_lacks_is_refused(plan: Plan) -> None:
 
 
 def test_a_temperature_that_is_not_stored_is_refused(plan: Plan) -> None:
-    with pytest.raises(MismatchError, match=r"temperature 3\.0 is asked.*\[1\.0, 2\.0\]"):
+    with pytest.raises(MismatchError, match=r"temperature 3\.0 is not stored.*\[1\.0, 2\.0\]"):
         Reader(plan, temperatures=[2.0, 3.0])
 
 

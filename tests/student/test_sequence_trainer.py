@@ -390,6 +390,65 @@ def test_another_chat_template_is_refused(tmp_path: Path) -> None:
         train(language_spec(tmp_path, plain, student=BIGRAM, chat_template=paths[0]))
 
 
+def test_what_a_checkpoint_brings_must_be_the_plan_s_too(tmp_path: Path) -> None:
+    from softlabels.student.pretrained import build_language_model
+    from softlabels.student.spec import LanguageModelSpec
+    from softlabels.student.tokens import template_sha256, tokenizer_sha256
+
+    folder, others = tmp_path / "model", tmp_path / "others"
+    model: Any = build_language_model(LanguageModelSpec(config=LLAMA), "causal_lm", CLASSES)
+    model.save_pretrained(folder)
+    for place, order in ((folder, 1), (others, -1)):
+        vocabulary = {f"t{token}": index for index, token in enumerate(range(CLASSES)[::order])}
+        place.mkdir(exist_ok=True)
+        saved = {"model": {"type": "WordLevel", "vocab": vocabulary}, "added_tokens": []}
+        (place / "tokenizer.json").write_text(json.dumps(saved))
+    (folder / "chat_template.jinja").write_text("own")
+    own, other = tokenizer_sha256(folder), tokenizer_sha256(others)
+    student = {"causal_lm": {"checkpoint": str(folder)}}
+    path = make_language_plan(tmp_path, "other", tokenizer_sha256=other)
+    with pytest.raises(MismatchError, match=f"{own}.*{other}"):  # of equal size
+        train(language_spec(tmp_path, path, student=student, tokenizer=str(others)))
+    (tmp_path / "teachers").write_text("teacher's")
+    template = template_sha256(str(tmp_path / "teachers"))
+    path = make_language_plan(
+        tmp_path, "chats", tokenizer_sha256=own, chat_template_sha256=template
+    )
+    spec = language_spec(tmp_path, path, student=student, steps=1)
+    with pytest.raises(MismatchError, match=f"chat templates differ: .*model.*{template}"):
+        train(spec)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "own"}))
+    with pytest.raises(MismatchError, match=f"chat templates differ: .*model.*{template}"):
+        train(spec)
+    train(spec.model_copy(update={"chat_template": str(tmp_path / "teachers")}))
+
+
+def test_a_table_of_draws_alone_teaches_by_them_alone(tmp_path: Path) -> None:
+    path = make_language_plan(tmp_path, k=0, draws=4)
+    for tail in ("bucket", "uniform", "label", "renormalize"):
+        with pytest.raises(MismatchError, match=f"tail '{tail}' needs stored ids, .* has k 0"):
+            train(language_spec(tmp_path, path, student=NOTHING, loss={"tail": tail}))
+    train(language_spec(tmp_path, path, student=BIGRAM, loss={"tail": "sampled"}, steps=1))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"vocab_size": CLASSES - 5}, f"has {CLASSES - 5} rows, .* has {CLASSES}"),
+        ({"vocab_size": CLASSES + 2_000}, f"has {CLASSES + 2_000} rows, .* has {CLASSES}"),
+        ({"max_position_embeddings": 4}, r"up to \d+ tokens, the student takes 4"),
+    ],
+)
+def test_a_student_too_small_for_the_plan(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    path = make_language_plan(tmp_path, rows=20)
+    student = {"causal_lm": {"config": LLAMA | config}}
+    with pytest.raises(MismatchError, match=message):
+        train(language_spec(tmp_path, path, student=student))
+
+
 NOTHING = {"module": "tests.student.test_sequence_trainer:Nothing"}
 
 

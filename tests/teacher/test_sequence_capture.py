@@ -1,5 +1,6 @@
 """Captures by a language model: what they store, that it is right, that it repeats."""
 
+import json
 import os
 import shutil
 import signal
@@ -405,6 +406,18 @@ def test_tokenizers_that_do_not_fit_the_model(folder: Path, tmp_path: Path) -> N
         capture(language_spec(folder, narrow, k=1000))
     with pytest.raises(BadInputError, match="device 'cuda:77'"):
         capture(language_spec(folder, narrow, device="cuda:77"))
+
+
+def test_a_tokenizer_that_is_not_the_model_s(folder: Path, llama: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(llama, other, ignore=shutil.ignore_patterns("*.safetensors"))
+    saved = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = saved["model"]["vocab"]
+    one, two = (token for token, index in vocabulary.items() if index in (40, 41))
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(MismatchError, match=r"tokenizers differ: .*other.* has sha256"):
+        capture(language_spec(folder, llama, teacher={"tokenizer": str(other)}))
 
 
 def test_text_is_refused_before_the_model_is_loaded(

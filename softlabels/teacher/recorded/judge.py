@@ -107,8 +107,35 @@ class Judge:
             over = mass > 1
             logprobs[over] -= np.log(mass[over])[:, None]
             tail = None
+        if not self._labels_fit(row, ids, mass, error):
+            return None
         _take_labels(row, ids, logprobs)
         return self._kept(row, keep, ids, logprobs, tail)
+
+    def _labels_fit(
+        self,
+        row: dict[str, Any],
+        ids: npt.NDArray[np.int64],
+        mass: npt.NDArray[np.float64],
+        error: npt.NDArray[np.float64],
+    ) -> bool:
+        """Whether each chosen token outside the top k has no more than that leaves; counts if not.
+
+        Positions whose error nothing bounds are not judged.
+        """
+        outside = ~(ids == np.array(row["label_ids"])[:, None]).any(1)
+        chosen = np.exp(np.array(row["label_logprobs"], np.float64))
+        with np.errstate(invalid="ignore"):
+            wrong = outside & (chosen > 1 - mass + 2 * error)
+        if not wrong.any():
+            return True
+        at = int(np.argmax(wrong))
+        self._tally.add(
+            "record with a chosen token likelier than its top leaves room for",
+            row["place"],
+            f"{chosen[at]:.6f} in position {at}, the top {self.k} leaves {1 - mass[at]:.6f}",
+        )
+        return False
 
     def _errors(self, row: dict[str, Any], mass: npt.NDArray[np.float64]) -> Any:
         spec = self._context.spec

@@ -6,10 +6,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from softlabels.errors import DataError
 from softlabels.lineage import Contents, Recorded, TeacherLineage
+from softlabels.schema import INTS
+from softlabels.store.alignment import SelfTest
 from softlabels.targets import SoftTargets, to_numpy
 from softlabels.teacher.annotator import Annotated
 from softlabels.teacher.recorded.files import open_files
+from softlabels.teacher.recorded.judge import KEPT
 from softlabels.teacher.recorded.reader import Context
 from softlabels.teacher.recorded.spec import ImportSpec
 from softlabels.teacher.recorded.survey import Survey, survey
@@ -68,7 +72,8 @@ def prepare_import(
 
     Raises:
         BadInputError: files, tokenizer or compression are missing or do not fit.
-        DataError: records cannot be kept exactly.
+        DataError: records cannot be kept exactly, or their distributions fit other tokens than
+            those they are said to be of.
     """
     files = open_files(spec.files, spec.layout)
     context = Context(spec, files, load_tokenizer(spec.tokenizer))
@@ -98,4 +103,23 @@ def prepare_import(
             tail_error=found.tail_error,
         ),
     )
+    _refuse_shifted(found.source, contents)
     return found.source, contents, Recital(lineage, found)
+
+
+def _refuse_shifted(source: Source, contents: Contents) -> None:
+    test = SelfTest(contents)
+    for batch in source.batches(0, source.num_rows, KEPT.names):
+        counts = np.diff(to_numpy(batch["position_index"].offsets, np.int32)).astype(np.int32)
+        test.add(
+            pa.RecordBatch.from_arrays(
+                [*batch.columns, pa.array(counts), pa.nulls(batch.num_rows, INTS)],
+                [*batch.schema.names, "num_positions", "segment_ids"],
+            )
+        )
+    found = test.result()
+    if found is not None and found["problem"] is not None:
+        raise DataError(
+            f"{found['problem']}; nothing was imported: record them anew, or say where they stand "
+            "(axolotl: targets)"
+        )

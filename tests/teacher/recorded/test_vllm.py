@@ -63,6 +63,43 @@ def test_all_positions_are_the_teachers(teacher: Teacher, tmp_path: Path) -> Non
     assert found["alignment"]["verdict"] == "right"
 
 
+def test_targets_that_fit_other_tokens_are_refused(teacher: Teacher, tmp_path: Path) -> None:
+    records = [record(teacher, seed) for seed in range(8)]
+    for one in records:
+        # Each position gets what was said one token later; the chosen tokens are put beside it.
+        said = one["prompt_logprobs"]
+        tokens = one["prompt_token_ids"]
+        moved: list[Any] = [None]
+        for place in range(1, len(tokens)):
+            entries = dict(said[min(place + 1, len(tokens) - 1)])
+            entries = dict(sorted(entries.items(), key=lambda e: e[1]["rank"])[:K])
+            own = str(tokens[place])
+            if own not in entries:
+                entries[own] = {"logprob": -20.0, "rank": 200}
+            moved.append(entries)
+        one["prompt_logprobs"] = moved
+    write_lines(tmp_path / "records.jsonl", records)
+    with pytest.raises(DataError, match=r"shifted by \+1: .*nothing was imported"):
+        import_recorded(spec_of(teacher, tmp_path, layout="vllm"))
+    assert not (tmp_path / "table").exists()
+
+
+def test_a_chosen_token_likelier_than_the_top_leaves_room_for(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    good, bad = record(teacher, 1), record(teacher, 2)
+    for place, entries in enumerate(bad["prompt_logprobs"]):
+        if entries is not None and len(entries) > K:
+            entries[str(bad["prompt_token_ids"][place])]["logprob"] = -1e-4
+            break
+    write_lines(tmp_path / "records.jsonl", [good, bad])
+    with pytest.raises(DataError, match=r"line 2 .*likelier than its top leaves room for"):
+        import_recorded(spec_of(teacher, tmp_path, layout="vllm"))
+    report = import_recorded(spec_of(teacher, tmp_path, layout="vllm", on_bad="skip"))
+    reason = "record with a chosen token likelier than its top leaves room for"
+    assert (report["rows"], report["skipped"]) == (1, {reason: 1})
+
+
 def test_a_shift_by_one_is_not_read(teacher: Teacher, tmp_path: Path) -> None:
     shifted = record(teacher, 1)
     shifted["prompt_logprobs"] = [None, *shifted["prompt_logprobs"][2:], None]
