@@ -42,7 +42,7 @@ GROUPS = ("a", "b", "c", "ab", "abc")
 SEEDS = (100, 101, 102, 103, 104)
 ROWS = 3_000
 K, DRAWS = 3, 4
-CHECKED_ROWS = 4_096
+CHECKED_ROWS = 12_000
 
 
 def main() -> None:

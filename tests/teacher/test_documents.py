@@ -293,7 +293,7 @@ def test_numbers_that_no_int64_holds_are_a_wrong_type(tmp_path: Path, column: st
     columns = {name: pa.array([[0, 1], [0, 1]], kind) for name in names}
     columns[column] = pa.array([[1, 2**64 - 1], [0, 1]], kind)
     write_parquet(tmp_path / "a.parquet", **columns)
-    documents, skipped = read(tmp_path / "a.parquet", input_ids="ids", packing="documents")
+    documents, skipped = read(tmp_path / "a.parquet", input_ids="ids")
     assert values(documents) == [[0, 1]]
     assert skipped.counts == {"field of a wrong type": 1}
 
