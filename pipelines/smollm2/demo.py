@@ -73,7 +73,7 @@ class Demo:
     train: tuple[str, ...] = ()
 
 
-FULL = Demo(Path("out/demo-lm"), train_pages=30, heldout_pages=5, few_rows=8, seeds=(0, 1))
+FULL = Demo(Path("out/demo-lm"), train_pages=30, heldout_pages=5, few_rows=4, seeds=(0, 1))
 SMALL = Demo(Path("out/demo-lm-small"), train_pages=3, heldout_pages=2, few_rows=4, seeds=(0,))
 
 
