@@ -4,6 +4,11 @@ Each class says whose turn it is: `exit_code` is what the command line ends with
 what was expected, what was found, where, and what to do; values are shown with `!r`.
 """
 
+import re
+
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a cursor, colours, rings or turns text around, and halves of characters."""
+
 
 class SoftLabelsError(Exception):
     """A failure that trying again will not mend."""
@@ -46,3 +51,8 @@ class TryAgainError(SoftLabelsError):
 def one_line(error: object) -> str:
     """What an error says, on one line: messages of native libraries have several."""
     return " ".join(str(error).split())
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for characters that steer a terminal: names in files are strangers'."""
+    return _STEERING.sub(lambda found: repr(found[0])[1:-1], text)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from softlabels.errors import BadInputError, IntegrityError, one_line
 from softlabels.fingerprint import canonical_json, sha256_json
 from softlabels.lineage import Contents
+from softlabels.plan_checks import check_entries, check_recipe
 from softlabels.plan_entries import (
     ENSEMBLE_ENTRIES,
     ENTRIES,
@@ -54,8 +55,18 @@ FEATURES: frozenset[str] = frozenset({POSITIONS, ENSEMBLE})
 """What this release can do beyond the plain plan; a plan that needs more is refused."""
 
 _META = b"softlabels.plan"
-_UNREADABLE = (pa.ArrowException, OSError, LookupError, TypeError, ValueError, RecursionError)
+_UNREADABLE = (
+    pa.ArrowException,
+    ArithmeticError,
+    LookupError,
+    OSError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 """What damaged bytes, or metadata of the wrong shape, make reading a plan raise."""
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Frozen(BaseModel):
@@ -66,10 +77,10 @@ class PlanFile(_Frozen):
     """A shard that the plan reads: path below its root, bytes, checksums, rows."""
 
     path: str
-    size: int
+    size: Count
     sha256: str
     footer_sha256: str
-    num_rows: int
+    num_rows: Count
 
 
 class PlanTable(_Frozen):
@@ -262,7 +273,10 @@ class Plan:
                 features=tuple(meta["features"]),
                 location=root.uri,
             )
-            plan._check(meta["fingerprint"])
+            try:
+                plan._check(meta["fingerprint"])
+            except IntegrityError as error:
+                raise IntegrityError(f"plan {os.fspath(path)!r}: {error}") from error
         except _UNREADABLE as error:
             reason = one_line(error)[:200]
             raise IntegrityError(
@@ -300,6 +314,7 @@ class Plan:
         return {name: uri for name, uri in roots.items() if name in self.tables}
 
     def _check(self, fingerprint: str) -> None:
+        check_recipe(self.recipe)
         if fingerprint != self.fingerprint:
             raise IntegrityError(
                 f"the plan's content has fingerprint {self.fingerprint!r}, it says "
@@ -311,11 +326,10 @@ class Plan:
         ):
             if file not in files.get(name, ()):
                 raise IntegrityError(f"the plan reads file {file!r} of table {name!r}, not listed")
+        listed = {(t.name, f.path): f.num_rows for t in self.tables.values() for f in t.files}
+        check_entries(self.entries, listed)
         if MEMBERS.name in self.entries.schema.names:
-            check_members(
-                self.entries,
-                {(t.name, f.path): f.num_rows for t in self.tables.values() for f in t.files},
-            )
+            check_members(self.entries, listed)
         for table in self.tables.values():
             self._check_table(table)
 
@@ -355,9 +369,12 @@ def _stored(model: PlanTable | SourceReport) -> dict[str, Any]:
 
 
 def _require_known(meta: Mapping[str, Any], path: str) -> None:
-    if int(meta["format_version"]) > FORMAT_VERSION:
+    version = meta["format_version"]
+    if type(version) is not int or version < 1:
+        raise ValueError(f"its format version is {version!r}: expected a whole number from 1")
+    if version > FORMAT_VERSION:
         raise IntegrityError(
-            f"plan {path!r} has format version {meta['format_version']}, this release reads up to "
+            f"plan {path!r} has format version {version}, this release reads up to "
             f"{FORMAT_VERSION}: upgrade softlabels"
         )
     unknown = sorted(set(meta["features"]) - FEATURES)

@@ -56,7 +56,7 @@ ENSEMBLE_ENTRIES = ENTRIES.append(MEMBERS)
 WEIGHT_TOLERANCE = 1e-5
 """How far a row's weights may be from a sum of 1: they are rounded to float32."""
 
-_BLOCK_ROWS = 2_000_000
+BLOCK_ROWS = 2_000_000
 """Rows checked at a time: about 100 MB for three members."""
 
 
@@ -90,7 +90,7 @@ def join_entries(parts: Sequence[pa.Table]) -> pa.Table:
             columns[MEMBERS.name] = pa.nulls(part.num_rows, MEMBERS.type)
         shaped.append(pa.table([columns[name] for name in schema.names], schema=schema))
     joined = pa.concat_tables([schema.empty_table(), *shaped]).combine_chunks()
-    reads = _ints(joined["num_rows"]) * _ints(joined["repeats"])
+    reads = to_ints(joined["num_rows"]) * to_ints(joined["repeats"])
     offsets = pa.array(np.cumsum(reads) - reads, pa.int64())
     place = schema.get_field_index("offset")
     return joined.set_column(place, schema.field(place), offsets)
@@ -120,11 +120,11 @@ def member_entries(entries: pa.Table, slot: int) -> pa.Table:
         columns[name] = pc.coalesce(found, columns[name])
     rows = members.field("rows")
     lengths = np.zeros(len(has), np.int64)
-    lengths[has] = _ints(pc.fill_null(pc.list_value_length(rows), 0))
+    lengths[has] = to_ints(pc.fill_null(pc.list_value_length(rows), 0))
     null = np.zeros(len(has), bool)
     null[has] = _bools(rows.is_null())
     columns["rows"] = _lists(rows.flatten(), lengths, _INDEXES, null)
-    columns["num_rows"] = pa.array(np.where(has, _ints(plain["num_rows"]), 0), pa.int32())
+    columns["num_rows"] = pa.array(np.where(has, to_ints(plain["num_rows"]), 0), pa.int32())
     return pa.table([columns[name] for name in ENTRIES.names], schema=ENTRIES)
 
 
@@ -135,11 +135,11 @@ def member_weights(entries: pa.Table, slot: int) -> pa.ListArray:
     """
     has, members = _at(entries, slot)
     lengths = np.zeros(len(has), np.int64)
-    lengths[has] = _ints(pc.list_value_length(members.field("weights")))
+    lengths[has] = to_ints(pc.list_value_length(members.field("weights")))
     given = to_numpy(members.field("weights").flatten(), np.float32)
     plain = _plain(entries) if slot == 0 else np.zeros(len(has), bool)
     if plain.any():
-        sizes = np.where(plain, _ints(entries["num_rows"]), lengths)
+        sizes = np.where(plain, to_ints(entries["num_rows"]), lengths)
         values = np.ones(int(sizes.sum()), np.float32)
         values[np.repeat(has, sizes)] = given
         return _lists(pa.array(values), sizes, _WEIGHTS)
@@ -159,9 +159,9 @@ def entries_digest(entries: pa.Table, sha256s: Mapping[tuple[str, str], str]) ->
     schema = ENSEMBLE_ENTRIES if ensemble else ENTRIES
     plain = entries.replace_schema_metadata(None).cast(schema).combine_chunks()
     sink = pa.BufferOutputStream()
-    files = _by_content(_one(plain["table"]), _one(plain["file"]), sha256s)
+    files = _by_content(one_array(plain["table"]), one_array(plain["file"]), sha256s)
     for name in ENTRIES.names:
-        column = files if name == "file" else _one(plain[name])
+        column = files if name == "file" else one_array(plain[name])
         if name == "rows":
             sink.write(_digest_of_lists(column))
         elif pa.types.is_string(column.type):
@@ -169,7 +169,7 @@ def entries_digest(entries: pa.Table, sha256s: Mapping[tuple[str, str], str]) ->
         else:
             sink.write(_digest_of_values(column))
     if ensemble:
-        members = _one(plain[MEMBERS.name])
+        members = one_array(plain[MEMBERS.name])
         sink.write(_digest_of_values(_lengths_or_none(members)))
         each = members.flatten()
         files = _by_content(each.field("table"), each.field("file"), sha256s)
@@ -191,19 +191,19 @@ def check_members(entries: pa.Table, listed: Mapping[tuple[str, str], int]) -> N
         entries: of ENSEMBLE_ENTRIES, from a stranger's file.
         listed: rows of each file that the plan lists, by table and path.
     """
-    ends = np.cumsum(np.maximum(_ints(entries["num_rows"]), 0))
+    ends = np.cumsum(np.maximum(to_ints(entries["num_rows"]), 0))
     start = 0
     while start < entries.num_rows:
         before = int(ends[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + _BLOCK_ROWS, side="right")))
+        stop = max(start + 1, int(np.searchsorted(ends, before + BLOCK_ROWS, side="right")))
         _check_block(entries.slice(start, stop - start).combine_chunks(), start, listed)
         start = stop
 
 
 def _check_block(entries: pa.Table, first: int, listed: Mapping[tuple[str, str], int]) -> None:
-    column = _one(entries[MEMBERS.name])
+    column = one_array(entries[MEMBERS.name])
     each = column.flatten()
-    lengths = _ints(pc.fill_null(pc.list_value_length(column), 0))
+    lengths = to_ints(pc.fill_null(pc.list_value_length(column), 0))
     plain = _plain(entries)
     entry_of = np.repeat(np.arange(len(lengths)), lengths)
 
@@ -228,23 +228,23 @@ def _check_block(entries: pa.Table, first: int, listed: Mapping[tuple[str, str],
     tables = _codes(each.field("table"))
     keys = (entry_of.astype(np.int64) << 32) + tables
     refuse(_repeated(keys), entry_of, "two members of one table")
-    num_rows = _ints(entries["num_rows"])[entry_of]
+    num_rows = to_ints(entries["num_rows"])[entry_of]
     rows, weights = each.field("rows"), each.field("weights")
-    sizes = _ints(pc.list_value_length(weights))
+    sizes = to_ints(pc.list_value_length(weights))
     refuse(sizes != num_rows, entry_of, "a member whose weights are not one for each row")
     given = ~_bools(rows.is_null())
-    counts = _ints(pc.fill_null(pc.list_value_length(rows), 0))
+    counts = to_ints(pc.fill_null(pc.list_value_length(rows), 0))
     refuse(given & (counts != num_rows), entry_of, "a member whose rows are not as many as its own")
-    numbers, row_of = _leaves(rows, np.int32), np.repeat(entry_of, counts)
+    numbers, row_of = leaves(rows, np.int32), np.repeat(entry_of, counts)
     limits = np.repeat(np.array([listed[pair] for pair in pairs], np.int64), counts)
     refuse((numbers < 0) | (numbers >= limits), row_of, "a member's row that its file has not")
     _check_first(entries, each, lengths, refuse)
-    values = _leaves(weights, np.float32)
+    values = leaves(weights, np.float32)
     weighed = np.repeat(entry_of, sizes)
     refuse(~np.isfinite(values) | (values < 0), weighed, "a member's weight below 0 or not finite")
     # Slot of each weight: the first row of its entry, then its place in the list.
-    firsts = np.cumsum(np.where(plain, 0, _ints(entries["num_rows"])))
-    firsts -= np.where(plain, 0, _ints(entries["num_rows"]))
+    firsts = np.cumsum(np.where(plain, 0, to_ints(entries["num_rows"])))
+    firsts -= np.where(plain, 0, to_ints(entries["num_rows"]))
     slots = np.arange(len(values)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + firsts[weighed]
     wrong = np.abs(np.bincount(slots, values) - 1) > WEIGHT_TOLERANCE
     refuse(wrong[slots], weighed, "a row whose members' weights do not sum to 1")
@@ -257,15 +257,15 @@ def _check_first(entries: pa.Table, each: pa.StructArray, lengths: Counts, refus
     firsts = each.take(pa.array((np.cumsum(lengths) - lengths)[has]))
     differs = np.zeros(len(has), bool)
     for name in ("table", "file", "row_group"):
-        same = pc.equal(_one(mine[name]), firsts.field(name))
+        same = pc.equal(one_array(mine[name]), firsts.field(name))
         differs |= ~_bools(same)
-    own, first = _one(mine["rows"]), firsts.field("rows")
-    sizes = _ints(_lengths_or_none(own))
-    other = sizes != _ints(_lengths_or_none(first))
+    own, first = one_array(mine["rows"]), firsts.field("rows")
+    sizes = to_ints(_lengths_or_none(own))
+    other = sizes != to_ints(_lengths_or_none(first))
     refuse(differs | other, has, "a first member that is not itself")
     rows_of = np.repeat(has, np.maximum(sizes, 0))
     refuse(
-        _leaves(own, np.int32) != _leaves(first, np.int32),
+        leaves(own, np.int32) != leaves(first, np.int32),
         rows_of,
         "other rows than its first member",
     )
@@ -275,8 +275,8 @@ def _at(entries: pa.Table, slot: int) -> tuple[npt.NDArray[np.bool_], pa.StructA
     """Which entries have a member `slot`, bool [E], and those members, in order."""
     if MEMBERS.name not in entries.schema.names:
         return np.zeros(entries.num_rows, bool), pa.array([], MEMBER)
-    column = _one(entries[MEMBERS.name])
-    lengths = _ints(pc.fill_null(pc.list_value_length(column), 0))
+    column = one_array(entries[MEMBERS.name])
+    lengths = to_ints(pc.fill_null(pc.list_value_length(column), 0))
     has = lengths > slot
     return has, column.flatten().take(pa.array((np.cumsum(lengths) - lengths)[has] + slot))
 
@@ -284,7 +284,7 @@ def _at(entries: pa.Table, slot: int) -> tuple[npt.NDArray[np.bool_], pa.StructA
 def _plain(entries: pa.Table) -> npt.NDArray[np.bool_]:
     if MEMBERS.name not in entries.schema.names:
         return np.ones(entries.num_rows, bool)
-    return _bools(_one(entries[MEMBERS.name]).is_null())
+    return _bools(one_array(entries[MEMBERS.name]).is_null())
 
 
 def _lists(
@@ -296,7 +296,8 @@ def _lists(
     return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind, mask=mask)
 
 
-def _one(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+def one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """A column in one piece."""
     if isinstance(column, pa.Array):
         return column
     if column.num_chunks == 1:
@@ -304,25 +305,26 @@ def _one(column: pa.ChunkedArray | pa.Array) -> pa.Array:
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
-def _ints(column: pa.ChunkedArray | pa.Array) -> Counts:
-    array = pc.cast(_one(column), pa.int64())
+def to_ints(column: pa.ChunkedArray | pa.Array) -> Counts:
+    """A column of whole numbers or truth values as int64."""
+    array = pc.cast(one_array(column), pa.int64())
     return np.asarray(to_numpy(array, np.int64))
 
 
 def _bools(array: pa.Array) -> npt.NDArray[np.bool_]:
-    return np.asarray(_ints(array) != 0)
+    return np.asarray(to_ints(array) != 0)
 
 
-def _leaves(lists: pa.ListArray, kind: type[np.generic]) -> Any:
+def leaves(lists: pa.ListArray, kind: type[np.generic]) -> Any:
     """All values of the lists, nulls' left out. A null among them is refused."""
     flat = lists.flatten()
     if flat.null_count:
-        raise IntegrityError("members of the plan's entries hold nulls: expected values")
+        raise IntegrityError("lists of the plan's entries hold nulls: expected values")
     return to_numpy(flat, kind)
 
 
 def _codes(names: pa.Array) -> npt.NDArray[np.int64]:
-    return _ints(names.dictionary_encode().indices)
+    return to_ints(names.dictionary_encode().indices)
 
 
 def _repeated(keys: Counts) -> npt.NDArray[np.bool_]:

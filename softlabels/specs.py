@@ -2,18 +2,38 @@
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, FiniteFloat, ValidationError
 
 from softlabels.errors import BadInputError, StorageError, one_line
 
 MAX_BYTES = 4 << 20
 
 Model = TypeVar("Model", bound=BaseModel)
+
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+"""Numbers that PyYAML, which follows YAML 1.1, takes for text: 1e-3."""
+
+
+def written_as_number(value: Any) -> Any:
+    """`value`, unless it is text or a truth value, which pydantic would make a number of.
+
+    `limit: yes` would be 1 row. To be called before other validation.
+    """
+    if isinstance(value, bool):
+        raise ValueError("expected a number (yes, no, on and off are truth values in YAML)")
+    if isinstance(value, str) and not _EXPONENT.fullmatch(value.strip()):
+        raise ValueError("expected a number, without quotes")
+    return value
+
+
+WholeNumber = Annotated[int, BeforeValidator(written_as_number)]
+RealNumber = Annotated[FiniteFloat, BeforeValidator(written_as_number)]
 
 
 def load_spec(

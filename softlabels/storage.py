@@ -19,16 +19,24 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from softlabels.errors import BadInputError, IntegrityError, StorageError
+from softlabels.errors import BadInputError, IntegrityError, StorageError, one_line
+
+_CLIENTS = ("botocore", "aiobotocore", "aiohttp", "google", "gcsfs", "azure")
+"""Packages of object stores, whose own errors (no credentials, no such host) are no OSErrors."""
 
 
 @contextlib.contextmanager
 def storage_errors(action: str, path: str) -> Iterator[None]:
-    """Turns an OSError inside into a StorageError that says what was done to which path."""
+    """Turns an OSError or an object store's inside into a StorageError: what was done to which
+    path.
+    """
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in _CLIENTS:
+            raise
+        said = error.strerror if isinstance(error, OSError) else None
+        reason = said or one_line(error) or type(error).__name__
         raise StorageError(f"cannot {action} {path!r}: {reason}") from error
 
 
@@ -108,7 +116,8 @@ class Root:
 
     def exists(self, relative: str) -> bool:
         """Whether a file is there."""
-        return bool(self.fs.exists(self.full(relative)))
+        with storage_errors("look for", posixpath.join(self.uri, relative)):
+            return bool(self.fs.exists(self.full(relative)))
 
     def names(self, relative: str) -> list[str]:
         """Sorted names of the files in a folder; empty where there is no such folder."""

@@ -29,13 +29,14 @@ LAYERS = {
     "softlabels.rules": 3,
     "softlabels.store": 3,
     "softlabels.plan_entries": 3,
-    "softlabels.plan": 4,
-    "softlabels.query": 5,
-    "softlabels.teacher": 5,
-    "softlabels.student": 5,
-    "softlabels.report": 6,
-    "softlabels.cli": 7,
-    "softlabels.__main__": 8,
+    "softlabels.plan_checks": 4,
+    "softlabels.plan": 5,
+    "softlabels.query": 6,
+    "softlabels.teacher": 6,
+    "softlabels.student": 6,
+    "softlabels.report": 7,
+    "softlabels.cli": 8,
+    "softlabels.__main__": 9,
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MAX_MODULE_LINES = 400

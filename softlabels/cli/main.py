@@ -6,7 +6,7 @@ import sys
 import typer
 
 import softlabels
-from softlabels.errors import SoftLabelsError
+from softlabels.errors import SoftLabelsError, printable
 
 app = typer.Typer(
     name="softlabels",
@@ -24,7 +24,7 @@ def main() -> None:
     try:
         app()
     except SoftLabelsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         print(f"error: {_missing(error)}", file=sys.stderr)

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from softlabels.errors import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -30,13 +32,15 @@ def print_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> 
         console.print("(no rows)")
         return
     if title is not None:
-        console.print(title, style="italic", highlight=False)  # not folded to the table's width
+        console.print(
+            printable(title), style="italic", highlight=False
+        )  # not folded to the table's width
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, value in rows[0].items():
         justify: Literal["left", "right"] = "right" if isinstance(value, int | float) else "left"
-        table.add_column(name, justify=justify, overflow="fold")
+        table.add_column(printable(name), justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(printable(_cell(value)) for value in row.values()))
     console.print(table, highlight=False)
 
 

@@ -60,9 +60,11 @@ def mix(
     plan = make(Recipe.read(recipe))
     if output is not None and output.exists() and not force:
         _require_same(plan, output)
-    tags = [] if no_pin or explain else pin(plan)
     if output is not None:
         plan.write(output)
+    # After it is there: a tag of a plan that nobody has would keep files for ever. One that cannot
+    # be set is set when the same command is run again.
+    tags = [] if no_pin or explain else pin(plan)
     if ENSEMBLE in plan.features:
         several = plan.entries.filter(plan.entries["members"].is_valid())
         if warning := advice(several):

@@ -53,7 +53,8 @@ def calibrate(
 
     Only where that is exact: where all classes are stored, any temperature; else the best of those
     that were captured. Older versions and tags stay. The figures are of examples held out of the
-    fit. The same command again goes on where it stopped.
+    fit. The same command goes on where it stopped. Once it is done it is refused, for the labels
+    would be tempered twice; with --to it says so and ends with 0.
 
     Example: softlabels calibrate labels --where "split = 'validation'"
     """
@@ -171,6 +172,9 @@ def diff(
         f"{said['both']} rows in both, {said['added']} added, {said['removed']} removed, "
         f"{said['other_positions']} with other positions"
     )
+    if said["both"] == said["other_positions"]:
+        print("no row can be compared: they have no example in common, or other positions of it")
+        return
     infinite = f" ({said['infinite']} rows infinite, left out)" if said["infinite"] else ""
     print(
         f"KL(a|b) {sign}{said['kl_ab']:.4g}, KL(b|a) {sign}{said['kl_ba']:.4g} nats a "
@@ -230,6 +234,8 @@ def _print_noise(noise: "Noise | None", found: "pa.Table") -> None:
     if "error_prob" in found.column_names and found.num_rows:
         expected = sum(found["error_prob"].drop_null().to_pylist())
         print(f"of the {found.num_rows} suspects, {expected:.0f} are expected to be wrong")
+    if noise.wrong < noise.wrong_se:
+        print("no wrong labels show in the estimate: the list is a ranking, not a finding")
 
 
 def _print_written(output: Path | None, rows: int) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from softlabels.cli.output import print_json
+from softlabels.errors import printable
 
 if TYPE_CHECKING:
     from softlabels.report.finding import Finding
@@ -92,18 +93,25 @@ def report(
     if as_json:
         print_json(_plain(facts) | {"verdict": words, "findings": [vars(f) for f in findings]})
     else:
-        _say(page, findings, words)
+        _say(page, facts["notes"], findings, words)
     grave = {None: (), "error": ("error",), "warning": ("error", "warning")}[fail_on]
     if any(finding.severity in grave for finding in findings):
         raise typer.Exit(1)
 
 
-def _say(page: Path | None, findings: "Sequence[Finding]", words: dict[str, Any] | None) -> None:
-    """Findings, a run's verdict, and last what was made."""
-    for finding in findings:
-        print(f"{finding.severity}: {finding.id}: {finding.sentence} {finding.advice}")
+def _say(
+    page: Path | None,
+    notes: "Sequence[str]",
+    findings: "Sequence[Finding]",
+    words: dict[str, Any] | None,
+) -> None:
+    """Findings, what was not looked at, a run's verdict, and last what was made."""
+    lines = [f"{f.severity}: {f.id}: {f.sentence} {f.advice}" for f in findings]
+    lines += [f"not judged: {note}" for note in notes]
     if words is not None:
-        print("\n".join([f"{words['title']}:", *(f"  {line}" for line in words["sentences"])]))
+        lines += [f"{words['title']}:", *(f"  {line}" for line in words["sentences"])]
+    for line in lines:  # names of classes and files are a stranger's
+        print(printable(line))
     counts = {s: sum(f.severity == s for f in findings) for s in ("error", "warning", "note")}
     print(f"{page}: " + ", ".join(f"{n} {s}{'' if n == 1 else 's'}" for s, n in counts.items()))
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -83,8 +83,12 @@ def query(
 
     Example: softlabels query labels@v1 "SELECT label, avg(entropy) FROM labels GROUP BY label"
     """
+    from softlabels.errors import BadInputError
+
     kind = "json" if as_json else as_format or format_of(output)
     _check_output(kind, output)
+    if as_json and as_format not in (None, "json"):
+        raise BadInputError(f"--json and --format {as_format} are two formats: give one of them")
     check_free(output, force)
     tables, sql = _tables(table_and_sql, named or ())
     own = _named(files or (), "--file")
@@ -92,6 +96,7 @@ def query(
     from softlabels.query.view import query as run
 
     result = run(tables, sql, own)
+    result = result.rename_columns(_distinct(result.column_names))
     _put(result, kind, output, limit)
 
 
@@ -113,7 +118,7 @@ def _put(result: "pa.Table", kind: Format, output: Path | None, limit: int) -> N
         write_result(result, kind, output)
         print(f"{output}: {result.num_rows} rows")
     elif kind == "table":
-        print_table(result.slice(0, limit).to_pylist())
+        print_table(_rows(result.slice(0, limit)))
         if result.num_rows > limit:
             print(f"{limit} of {result.num_rows} rows; --limit-print shows more", file=sys.stderr)
     elif kind == "arrow":
@@ -138,6 +143,30 @@ def _tables(table_and_sql: Sequence[str], named: Sequence[str]) -> tuple[dict[st
     return tables, sql
 
 
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names of columns, of which a second "a" is "a_1": JSON and rows hold each name once."""
+    found: list[str] = []
+    for name in names:
+        number, new = 0, name
+        while new in found or (number and new in names):
+            number += 1
+            new = f"{name}_{number}"
+        found.append(new)
+    return found
+
+
+def _rows(result: "pa.Table") -> list[dict[str, Any]]:
+    from softlabels.errors import BadInputError
+
+    try:
+        return cast("list[dict[str, Any]]", result.to_pylist())
+    except (OverflowError, ValueError) as error:
+        raise BadInputError(
+            f"a date or time cannot be shown ({error}): it is infinite or not of the years 1 to "
+            "9999; take its ::VARCHAR, or write Parquet or Arrow"
+        ) from error
+
+
 def _named(values: Sequence[str], option: str) -> dict[str, str]:
     from softlabels.errors import BadInputError
 
@@ -159,6 +188,9 @@ def _check_output(kind: Format, output: Path | None) -> None:
         raise BadInputError("Parquet goes to a file: add -o FILE.parquet")
     if output is None and kind == "arrow" and sys.stdout.isatty():
         raise BadInputError("Arrow is nothing for a terminal: pipe it, or add -o FILE.arrow")
+    said = format_of(output)
+    if said not in ("table", kind):
+        raise BadInputError(f"{kind} or, as {str(output)!r} says, {said}? give one of them")
     if output is not None and kind == "table":
         raise BadInputError(
             f"in which format {str(output)!r}? --format csv, json, arrow or parquet"
@@ -172,7 +204,7 @@ def _encode(result: "pa.Table", kind: Format, stream: bool) -> bytes:
     if kind in ("arrow", "parquet"):
         return _binary(result, kind, stream)
     if kind == "json":
-        rows = (json.dumps(_plain(row), default=str) for row in result.to_pylist())
+        rows = (json.dumps(_plain(row), default=str) for row in _rows(result))
         return ("[\n" + ",\n".join(rows) + "\n]\n").encode()
     import csv
     import io
@@ -180,9 +212,9 @@ def _encode(result: "pa.Table", kind: Format, stream: bool) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(result.column_names)
-    for batch in result.to_batches(max_chunksize=10_000):
-        columns = (column.to_pylist() for column in batch.columns)
-        writer.writerows([_cell(value) for value in row] for row in zip(*columns, strict=True))
+    for start in range(0, result.num_rows, 10_000):
+        for row in _rows(result.slice(start, 10_000)):
+            writer.writerow([_cell(value) for value in row.values()])
     return text.getvalue().encode()
 
 
@@ -209,13 +241,19 @@ def _cell(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: NaN and infinity become null, bytes become base64."""
+    """`value` as JSON can hold it: NaN and infinity become null, bytes become base64.
+
+    Sums of whole numbers, which are decimals without a fraction, stay whole.
+    """
     import base64
+    import decimal
     import math
 
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
 
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -3,11 +3,16 @@
 CSV, TSV, JSON, JSON lines and Parquet, by the file's ending; text may be gzipped. A path is one
 file of this machine and never a pattern. A column `example_id` is read as text, so that "00012"
 stays what it is and joins with the tables'.
+
+Of CSV, line 1 names the columns, values are separated by "," (.tsv: a tab) and quoted by '"', and
+each row has as many as line 1: nothing of this is guessed, since a wrong guess loses rows.
 """
 
+import csv
 import glob
+import gzip
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +30,10 @@ _READERS = {
     ".ndjson": "read_json",
 }
 _KEY = "example_id"
+_CSV = (
+    ", delim = {}, quote = '\"', escape = '\"', comment = '', header = true, skip = 0, "
+    "strict_mode = true, ignore_errors = false, null_padding = false"
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,9 @@ def _open(con: duckdb.DuckDBPyConnection, name: str, path: str) -> AttachedFile:
     reader, whole = _READERS[ending], os.path.abspath(path)
     # An escaped path has one match, whatever wildcards are in it; folders "a=1" are no columns.
     source = f"{text.quote_text(glob.escape(whole))}, hive_partitioning = false"
+    mark = "\t" if whole.lower().removesuffix(".gz").endswith(".tsv") else ","
+    if reader == "read_csv":
+        source += _CSV.format(text.quote_text(mark))
     try:
         described = con.execute(f"DESCRIBE SELECT * FROM {reader}({source})").fetchall()
         types = {str(column): str(kind) for column, kind, *_ in described}
@@ -101,10 +113,37 @@ def _open(con: duckdb.DuckDBPyConnection, name: str, path: str) -> AttachedFile:
             select = _cast(types, select)
         con.execute(f"DESCRIBE {select}")
     except duckdb.Error as error:
-        raise BadInputError(
-            f"file {name!r}: {path!r} cannot be read: {text.one_line(error)}"
-        ) from error
+        reason = text.one_line(error)
+        if "sniffing" in reason:  # what follows is a list of all that was tried
+            reason = f"expected values separated by {mark!r} and, in each row, as many as in line 1"
+        raise BadInputError(f"file {name!r}: {path!r} cannot be read: {reason}") from error
+    if reader == "read_csv":
+        _check_header(name, whole, mark, list(types))
     return AttachedFile(name, whole, select, tuple(types))
+
+
+def _check_header(name: str, path: str, mark: str, columns: Sequence[str]) -> None:
+    """Refuses a file whose columns are not those that its line 1 names."""
+    opened = gzip.open if path.lower().endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as stream:
+        header = next(csv.reader(stream, delimiter=mark), [])
+    # DuckDB gives names to columns without one, and to a second one of the same name.
+    lower = [title.strip().lower() for title in header]
+    kept = [
+        not title or title in lower[:place] or title == column.strip().lower()
+        for place, (title, column) in enumerate(zip(lower, columns, strict=False))
+    ]
+    if not any(lower) or len(lower) != len(columns) or not all(kept):
+        raise BadInputError(
+            f"file {name!r}: {path!r}: line 1 must name the columns, found {header!r}, "
+            f"read as {list(columns)!r}"
+        )
+    other = ";" if mark == "\t" else "\t;"
+    if len(header) == 1 and any(sign in header[0] for sign in (*other, ",")):
+        raise BadInputError(
+            f"file {name!r}: {path!r}: line 1 is one column, {header[0]!r}: expected values "
+            f"separated by {mark!r}, as the file's ending says"
+        )
 
 
 def _as_text(reader: str, types: Mapping[str, str]) -> str:

@@ -32,6 +32,9 @@ from softlabels.store.table import Table, UnitShard, parse_reference
 LEAST = 50
 """Labelled positions of either half below which nothing is fitted."""
 
+LEAST_GAIN = 1e-4
+"""Nats of the held-out NLL below which a new version is not worth its files."""
+
 DIGITS = 6
 """Of T and the figures that are stored: further ones differ by processor."""
 
@@ -126,7 +129,9 @@ def calibrate(
         if report.calibration is not None:
             job = _Job(table, exact, report, output)
             job.say()
-            if not dry_run:
+            if dry_run:
+                job.require_newest()
+            else:
                 job.run(written, stopped)
     report.seconds = round(time.monotonic() - began, 3)
     return report
@@ -178,10 +183,10 @@ def _fitted(table: Table, exact: Exact, where: str | None, temperature: float | 
                 f"nothing is made: of the stored temperatures {list(exact.stored)!r}, 1 fits best"
             )
             return report
-        if after.nll >= before.nll:
+        if after.nll > before.nll - LEAST_GAIN:
             report.notes.append(
                 f"nothing is made: {temperature:g} does not lower the NLL of the examples held "
-                f"out, {before.nll:.4f} nats at 1, {after.nll:.4f} at it"
+                f"out by {LEAST_GAIN:g} nats, it is {before.nll:.5f} at 1, {after.nll:.5f} at it"
             )
             return report
     report.calibration = Calibration(
@@ -278,12 +283,7 @@ class _Job:
         if all(target.committed(key) for key in self._units.values()):
             self._done(target)
             return
-        if self._output is None and target.snapshot_digest != self._table.snapshot_digest:
-            raise MismatchError(
-                f"version {self._table.version} of {self._table.root.uri!r} is not its newest, "
-                f"{target.version}, which holds something else and would be replaced: calibrate "
-                "the newest one, or put the result elsewhere with --to"
-            )
+        self.require_newest()
         started, before = datetime.now(UTC), time.monotonic()
         ready = staged(target.root, self._units)
         self._report.found = len(ready)
@@ -300,6 +300,19 @@ class _Job:
         units = [ready[name] for name in self._units]
         lineage = self._lineage(started, time.monotonic() - before)
         self._done(self._committed(target, units, lineage))
+
+    def require_newest(self) -> None:
+        """Raises MismatchError where a version would be replaced that is not the calibrated one."""
+        if self._output is not None:
+            return
+        newest = self._table.latest()
+        done = all(newest.committed(key) for key in self._units.values())
+        if not done and newest.snapshot_digest != self._table.snapshot_digest:
+            raise MismatchError(
+                f"version {self._table.version} of {self._table.root.uri!r} is not its newest, "
+                f"{newest.version}, which holds something else and would be replaced: calibrate "
+                "the newest one, or put the result elsewhere with --to"
+            )
 
     def contents(self) -> Contents:
         """What the new version says of itself."""

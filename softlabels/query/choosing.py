@@ -5,13 +5,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from softlabels.errors import BadInputError
 from softlabels.query.expressions import check_type
-from softlabels.query.matching import match
+from softlabels.query.matching import ONE_LABEL, match
 from softlabels.query.recipe import Choose
 from softlabels.query.selection import Numbers
+from softlabels.query.sql import suggestion
 from softlabels.store.table import Table
+
+_SEQUENCE = ("view_params", "label_ids")
+"""Teachers may have labelled other positions of a sequence, but not otherwise the same ones."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,13 @@ def check_choose(choose: Choose, tables: Mapping[str, Table]) -> None:
                 "have a first class at each position, not one a row: choose by a value alone"
             )
     if choose.agreeing is not None:
-        check_type("choose.agreeing", choose.agreeing, tables[first], "number")
+        schema = tables[first].schema
+        integers = [f.name for f in schema if pa.types.is_integer(f.type)]
+        if choose.agreeing not in integers:
+            raise BadInputError(
+                f"choose.agreeing {choose.agreeing!r}: expected a column of class ids, of "
+                f"{', '.join(integers)}{suggestion(choose.agreeing, integers)}"
+            )
 
 
 def choose_teachers(choose: Choose, tables: Mapping[str, Table], rows: Numbers) -> Chosen:
@@ -49,6 +60,8 @@ def choose_teachers(choose: Choose, tables: Mapping[str, Table], rows: Numbers) 
 
     Raises:
         DataError: a table holds an example twice.
+        BadInputError: a teacher has none of the examples, or none has a value.
+        MismatchError: two tables have different hard labels or views of an example.
         IntegrityError: a file is not as its table's log says.
     """
     asked = {name: [choose.by] for name in tables}
@@ -57,7 +70,9 @@ def choose_teachers(choose: Choose, tables: Mapping[str, Table], rows: Numbers) 
         for expressions in asked.values():
             expressions.append("top1_id")
         asked[first].append(choose.agreeing)
-    matched = match(tables, rows, asked)
+    sequences = tables[first].contents.alignment is not None
+    matched = match(tables, rows, asked, (), _SEQUENCE if sequences else ONE_LABEL)
+    _require_choice(choose, matched.rows, matched.values)
     agreed = np.zeros(len(rows), np.bool_)
     wanted = matched.values[first][2] if choose.agreeing is not None else None
     best = np.full(len(rows), -np.inf)
@@ -72,6 +87,25 @@ def choose_teachers(choose: Choose, tables: Mapping[str, Table], rows: Numbers) 
         best[better], agreed[better] = score[better], agrees[better]
         teacher[better], row[better] = place, matched.rows[name][better]
     return Chosen(teacher, row)
+
+
+def _require_choice(
+    choose: Choose,
+    rows: Mapping[str, Numbers],
+    values: Mapping[str, npt.NDArray[np.float64]],
+) -> None:
+    """Raises BadInputError where one teacher would be read for all examples, whatever they are."""
+    first, *others = rows
+    for name in others:
+        if len(rows[name]) and not (rows[name] >= 0).any():
+            raise BadInputError(
+                f"choose: teacher {name!r} has none of the {len(rows[name])} examples of {first!r}"
+            )
+    if len(rows[first]) and all(np.isnan(value[0]).all() for value in values.values()):
+        raise BadInputError(
+            f"choose.by {choose.by!r} has no value for any example of any teacher: there is "
+            "nothing to choose by"
+        )
 
 
 def _better(

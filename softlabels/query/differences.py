@@ -13,7 +13,11 @@ import pyarrow as pa
 from softlabels.plan import Plan, PlanTable, SourceReport
 
 Group = tuple[str, int]
-Reads = dict[Group, npt.NDArray[np.int64]]
+Numbers = npt.NDArray[np.int64]
+Steps = tuple[Numbers, Numbers]
+Reads = dict[Group, Steps]
+"""Row numbers of each row group, not in order, and by how much the reads of a row rise there: as
+large as the plan, whatever row numbers it names."""
 Change = dict[str, Any]
 
 _SOURCE_FIELDS = ("rows", "kept", "reads", "share", "loss_weight", "chosen")
@@ -29,8 +33,9 @@ def plan_diff(a: Plan, b: Plan) -> dict[str, Any]:
         files: how many are read by both, by `a` alone, by `b` alone.
         read: distinct rows that both read equally often, both but not equally often, `a` alone and
             `b` alone.
-        entries: whether what is read differs in anything else: order, stages, loss weights, or the
-            teachers of an ensemble and their weights.
+        entries: whether the plans differ though their recipes, tables and reads of rows do not:
+            in order, stages, loss weights, or the teachers of an ensemble and their weights. False
+            where one of those differs, whatever the entries do.
     """
     same = a.fingerprint == b.fingerprint
     found: dict[str, Any] = {
@@ -85,11 +90,11 @@ def _named(value: Any) -> Any:
 
 
 def _is_named(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(one, Mapping) and "name" in one for one in value)
-    )
+    """Whether these are settings with a name each; a stranger's may have any or equal ones."""
+    if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+        return False
+    names = [one.get("name") for one in value]
+    return all(isinstance(name, str) for name in names) and 0 < len(names) == len(set(names))
 
 
 def _tables(plan: Plan) -> dict[str, Any]:
@@ -131,9 +136,9 @@ def _files(a: Plan, b: Plan) -> dict[str, int]:
 
 
 def _reads(plan: Plan) -> Reads:
-    """How often each row of each row group comes in an epoch, at least up to the last that does."""
+    """How often the rows of each row group come in an epoch."""
     sha256s = _sha256s(plan)
-    found: Reads = {}
+    found: dict[Group, list[Steps]] = {}
     for slot in range(plan.num_members):
         entries = plan.entries if slot == 0 else plan.member(slot)
         if entries is None:
@@ -142,20 +147,30 @@ def _reads(plan: Plan) -> Reads:
         columns = ["table", "file", "row_group", "num_rows", "repeats"]
         values = zip(*(entries[name].to_pylist() for name in columns), strict=True)
         for number, (table, file, group, count, repeats) in enumerate(values):
-            if not count:
-                continue
-            key = (sha256s[table, file], group)
-            listed = rows[number]
-            taken = np.arange(count, dtype=np.int64) if listed is None else listed
-            reads = found.get(key, np.zeros(0, np.int64))
-            reads = np.pad(reads, (0, max(0, int(taken.max()) + 1 - len(reads))))
-            reads[taken] += repeats
-            found[key] = reads
-    return found
+            if count:
+                steps = _steps(rows[number], count, repeats)
+                found.setdefault((sha256s[table, file], group), []).append(steps)
+    return {
+        key: (np.concatenate([at for at, _ in steps]), np.concatenate([by for _, by in steps]))
+        for key, steps in found.items()
+    }
 
 
-def _lists(column: pa.ChunkedArray) -> list[npt.NDArray[np.int64] | None]:
-    found: list[npt.NDArray[np.int64] | None] = []
+def _steps(rows: Numbers | None, count: int, repeats: int) -> Steps:
+    """The steps of one entry: up where a run of its rows starts, down behind its end."""
+    if rows is None:
+        firsts, ends = np.zeros(1, np.int64), np.full(1, count)
+    else:
+        ordered = np.sort(rows)  # further teachers' rows need not rise
+        breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
+        firsts = ordered[np.append(0, breaks)]
+        ends = ordered[np.append(breaks, len(ordered)) - 1] + 1
+    by = np.repeat(np.array([repeats, -repeats]), len(firsts))
+    return np.concatenate([firsts, ends]), by
+
+
+def _lists(column: pa.ChunkedArray) -> list[Numbers | None]:
+    found: list[Numbers | None] = []
     for chunk in column.chunks:
         offsets = chunk.offsets.to_pylist()
         values = np.array(chunk.values, np.int64) if len(chunk.values) else np.zeros(0, np.int64)
@@ -169,12 +184,17 @@ def _lists(column: pa.ChunkedArray) -> list[npt.NDArray[np.int64] | None]:
 
 def _compared(here: Reads, there: Reads) -> dict[str, int]:
     counts = {"same": 0, "other": 0, "a": 0, "b": 0}
+    none = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for key in here.keys() | there.keys():
-        one, two = (reads.get(key, np.zeros(0, np.int64)) for reads in (here, there))
-        longer = max(len(one), len(two))
-        one, two = (np.pad(reads, (0, longer - len(reads))) for reads in (one, two))
-        counts["same"] += int(((one == two) & (one > 0)).sum())
-        counts["other"] += int(((one != two) & (one > 0) & (two > 0)).sum())
-        counts["a"] += int(((one > 0) & (two == 0)).sum())
-        counts["b"] += int(((two > 0) & (one == 0)).sum())
+        (at_a, by_a), (at_b, by_b) = here.get(key, none), there.get(key, none)
+        at = np.concatenate([at_a, at_b])
+        order = np.argsort(at, kind="stable")
+        sizes = np.diff(at[order])  # rows from one step to the next: all are read alike
+        zeros_a, zeros_b = np.zeros(len(at_a), np.int64), np.zeros(len(at_b), np.int64)
+        one = np.cumsum(np.concatenate([by_a, zeros_b])[order])[:-1]
+        two = np.cumsum(np.concatenate([zeros_a, by_b])[order])[:-1]
+        counts["same"] += int(sizes[(one == two) & (one > 0)].sum())
+        counts["other"] += int(sizes[(one != two) & (one > 0) & (two > 0)].sum())
+        counts["a"] += int(sizes[(one > 0) & (two == 0)].sum())
+        counts["b"] += int(sizes[(two > 0) & (one == 0)].sum())
     return counts

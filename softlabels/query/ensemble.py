@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 
 from softlabels.errors import BadInputError, MismatchError
 from softlabels.plan_entries import ENSEMBLE_ENTRIES, MEMBER, MEMBERS
-from softlabels.query.matching import Matched, Values, check_number, example_of, match
+from softlabels.query.expressions import check_type
+from softlabels.query.matching import ONE_LABEL, Matched, Values, example_of, match
 from softlabels.query.members import Member
 from softlabels.query.selection import Numbers, RowGroups
 from softlabels.query.sql import suggestion
@@ -29,8 +30,9 @@ ALIKE = ("num_classes", "classes", "tokenizer_sha256", "alignment")
 SEQUENCE_COLUMNS = ("num_positions", "input_ids", "position_index")
 """What must be equal row by row for position j of each teacher to be the same position."""
 
-FEW_ROWS = 8
-"""Rows of the mean entry below which a plan is large and slow to read."""
+FEW_ROWS = 64
+"""Rows of the mean entry below which a plan is large and slow to read, where row groups hold more:
+each entry reads from a row group of each teacher."""
 
 Weights = npt.NDArray[np.float32]
 
@@ -77,7 +79,7 @@ def align(
         BadInputError: fewer than two members, a weight or a class that cannot be meant, a weight
             that is not finite or below 0.
         MismatchError: label spaces, tokenizers or alignments differ, a temperature is not stored,
-            or a sequence is not the same in two tables.
+            or an example has other hard labels, views or, of sequences, tokens in two tables.
         DataError: a table holds an example twice.
     """
     check_members(tables, members)
@@ -88,7 +90,8 @@ def align(
         asked[first] = ["label", *asked.get(first, ())]
     sequences = tables[first].contents.alignment is not None
     same = SEQUENCE_COLUMNS if sequences else ("num_positions",)
-    matched = match(tables, rows, asked, same)
+    labels_of = ("view_params", "segment_ids", "label_ids") if sequences else ONE_LABEL
+    matched = match(tables, rows, asked, same, labels_of)
     dropped: dict[str, int] = {}
     for name in list(tables)[1:]:
         here = matched.rows[name] >= 0
@@ -136,9 +139,9 @@ def check_members(tables: Mapping[str, Table], members: Mapping[str, Member]) ->
             )
         if isinstance(member.weight, str):
             try:
-                check_number(member.weight, tables[name])
+                check_type("weight", member.weight, tables[name], "number")
             except BadInputError as error:
-                raise BadInputError(f"member {name!r}: weight {error}") from error
+                raise BadInputError(f"member {name!r}: {error}") from error
         _class_weights(name, member, tables[first])
 
 
@@ -210,7 +213,12 @@ def advice(entries: pa.Table) -> str | None:
         return None
     several = entries["num_rows"].filter(entries[MEMBERS.name].is_valid())
     rows = pc.sum(several).as_py() or 0
-    if rows < FEW_ROWS or rows >= FEW_ROWS * len(several):
+    if rows >= FEW_ROWS * len(several):
+        return None
+    # Where rows lie alike, an entry is a row group of the first teacher's, however small that is.
+    read = entries.filter(entries[MEMBERS.name].is_valid())
+    groups = read.group_by(["table", "file", "row_group", "repeats"]).aggregate([]).num_rows
+    if len(several) < 2 * groups:
         return None
     return (
         f"the ensemble's {rows} rows are {len(several)} entries of {rows / len(several):.1f} rows, "

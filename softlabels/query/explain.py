@@ -7,6 +7,7 @@ from softlabels.plan import SourceReport
 
 STEPS = (
     "where",
+    "exclude",
     "split",
     "once",
     "fraction",

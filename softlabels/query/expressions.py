@@ -41,7 +41,7 @@ def check_type(key: str, expression: str, table: Table, kind: Kind) -> None:
         table: whose columns it is over; data are not looked at.
         kind: what is expected.
     """
-    text.check_expression(expression, key)
+    _refuse_rows(key, expression, table, text.check_expression(expression, key))
     with duckdb.connect(":memory:") as con:
         con.register("labels", table.schema.empty_table())
         try:
@@ -53,3 +53,21 @@ def check_type(key: str, expression: str, table: Table, kind: Kind) -> None:
     # U for unsigned; what follows is a DECIMAL's width, a TIMESTAMP's zone, or a list's brackets.
     if "[" in found or not found.removeprefix("U").startswith(_TYPES[kind]):
         raise BadInputError(f"{key} {expression!r} is {found}: {_EXPECTED[kind]}")
+
+
+def _refuse_rows(key: str, expression: str, table: Table, tree: text.Tree) -> None:
+    """Refuses what is not a column: a whole row, which where it is stored may decide, or a user."""
+    columns = {name.lower() for name in table.schema.names}
+    for node in text.dicts(tree):
+        # DuckDB takes "labels.md5()" for md5(labels).
+        whole = str(node.get("schema") or "").lower() == "labels"
+        names = [name.lower() for name in node.get("column_names", ())]
+        known = columns.intersection(names)  # of what follows a column, it is a field
+        if whole or (names and names[-1] == "labels" and not known):
+            raise BadInputError(
+                f"{key} {expression!r}: a whole row of labels is no value: name its columns"
+            )
+        if names and names[-1] in text.SESSION_WORDS and not known:
+            raise BadInputError(
+                f"{key} {expression!r}: {names[-1]!r} is not decided by the row alone"
+            )

@@ -29,8 +29,9 @@ _SEVERAL = quote_text(
 
 # `labels` holds lists of P values, `positions` values: DuckDB chooses a macro by its first type.
 _ONE = f"""
-CREATE MACRO softlabels_tail(x FLOAT, l) AS x::DOUBLE, (x FLOAT[], l) AS
-    CASE WHEN (l).num_positions > 1 THEN error({_SEVERAL}) ELSE x[1]::DOUBLE END;
+CREATE MACRO softlabels_tail(x FLOAT, l) AS nullif(x::DOUBLE, 'nan'::DOUBLE), (x FLOAT[], l) AS
+    CASE WHEN (l).num_positions > 1 THEN error({_SEVERAL})
+        ELSE nullif(x[1]::DOUBLE, 'nan'::DOUBLE) END;
 CREATE MACRO softlabels_label(x FLOAT, l) AS (l).label_id, (x FLOAT[], l) AS (l).label_ids[1];
 CREATE MACRO softlabels_label_logprob(x FLOAT, l) AS (l).label_logprob,
     (x FLOAT[], l) AS (l).label_logprobs[1];

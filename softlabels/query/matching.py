@@ -8,20 +8,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from softlabels.errors import BadInputError, DataError, MismatchError
+from softlabels.errors import DataError, MismatchError
 from softlabels.query import sql as text
-from softlabels.query.selection import Numbers, files_of
+from softlabels.query.expressions import check_type
+from softlabels.query.sampling import Numbers, flat_numbers
+from softlabels.query.selection import files_of
 from softlabels.query.view import FILE_COLUMN, NUMBERED, ROW_COLUMN, Session
 from softlabels.store.table import Table
-from softlabels.targets import to_numpy
 
 Values = npt.NDArray[np.float64]
+
+AGREEING = {
+    "label": "CASE WHEN label >= 0 THEN label END",
+    "label_ids": "CASE WHEN list_max(label_ids) >= 0 THEN hash(label_ids, position_index) END",
+    "view_params": "view_params",
+    "segment_ids": "CASE WHEN segment_ids IS NOT NULL THEN hash(segment_ids) END",
+}
+"""SQL of what two tables may not say differently of one example; NULL where one says nothing."""
+
+ONE_LABEL = ("view_params", "label")
+"""Of AGREEING those of classification."""
+
+_LISTED = "label_ids"
+# Of hard labels by position only two that are there can differ, and only at one position.
+_OPPOSED = (
+    "a.position_index IS NOT DISTINCT FROM b.position_index AND list_bool_or(list_transform("
+    "list_zip(a.label_ids, b.label_ids), lambda x: x[1] >= 0 AND x[2] >= 0 AND x[1] <> x[2]))"
+)
 
 _SHOWN = 60
 """Characters of a value that a message shows."""
@@ -54,6 +72,7 @@ def match(
     rows: Numbers | None = None,
     expressions: Mapping[str, Sequence[str]] | None = None,
     same: Sequence[str] = (),
+    agreeing: Sequence[str] = (),
 ) -> Matched:
     """Where each table holds the examples of the first one.
 
@@ -62,17 +81,19 @@ def match(
         rows: of the first table, rising; None: all.
         expressions: SQL over the columns of `labels` of a table, by its name; numbers.
         same: columns that must be equal wherever a table has an example of the first one.
+        agreeing: of AGREEING, columns that must be equal where both tables have a value; such as
+            are in one table alone say nothing.
 
     Raises:
         BadInputError: an expression names an unknown column, is no number or cannot be computed.
         DataError: a table holds an example (of `rows`) twice.
-        MismatchError: a column of `same` differs.
+        MismatchError: a column of `same` or `agreeing` differs.
         IntegrityError: a file is not as its table's log says.
     """
     asked = {name: list((expressions or {}).get(name, ())) for name in tables}
     for name, table in tables.items():
         for expression in asked[name]:
-            check_number(expression, table)
+            check_type(f"{name!r}:", expression, table, "number")
     (first, table), *others = tables.items()
     rows = np.arange(table.num_rows, dtype=np.int64) if rows is None else rows
     found = {first: rows}
@@ -80,26 +101,10 @@ def match(
     if asked[first]:
         values[first] = _computed(table, rows, asked[first])
     for name, other in others:
-        found[name], values[name] = _matched((first, table), (name, other), rows, asked[name], same)
+        found[name], values[name] = _matched(
+            (first, table), (name, other), rows, asked[name], same, agreeing
+        )
     return Matched(found, {name: v for name, v in values.items() if asked[name]})
-
-
-def check_number(expression: str, table: Table) -> None:
-    """Raises BadInputError unless an SQL expression gives a number for each row of `labels`."""
-    try:
-        text.check_expression(expression)
-    except BadInputError as error:
-        raise BadInputError(str(error).removeprefix("where ")) from error
-    with duckdb.connect(":memory:") as con:
-        con.register("labels", table.schema.empty_table())
-        try:
-            kind = str(con.sql(f"SELECT ({expression}\n) AS value FROM labels").types[0])
-        except duckdb.Error as error:
-            raise BadInputError(f"{expression!r}: {text.one_line(error)}") from error
-    if not any(part in kind for part in ("INT", "FLOAT", "DOUBLE", "DECIMAL", "BOOLEAN")) or (
-        "[" in kind or "STRUCT" in kind or "MAP" in kind
-    ):
-        raise BadInputError(f"{expression!r} is {kind}: expected a number")
 
 
 def example_of(table: Table, row: int) -> str:
@@ -124,7 +129,7 @@ def _computed(table: Table, rows: Numbers, expressions: Sequence[str]) -> Values
             f"FROM {NUMBERED} AS labels"
         )
     values = np.full((len(expressions), len(rows)), np.nan)
-    numbers = _flat(found["number"], np.int64)
+    numbers = flat_numbers(found["number"], np.int64)
     at = np.searchsorted(rows, numbers)
     mine = at < len(rows)
     mine[mine] = rows[at[mine]] == numbers[mine]
@@ -139,43 +144,71 @@ def _matched(
     rows: Numbers,
     expressions: Sequence[str],
     same: Sequence[str],
+    agreeing: Sequence[str],
 ) -> tuple[Numbers, Values]:
     """Row numbers and values in another table of `rows` of the first one."""
     table, theirs = first[1], other[1]
     files = files_of(table, rows)
-    columns = {"example_id", "view", *same}
+    agreeing = [n for n in agreeing if n in table.schema.names and n in theirs.schema.names]
+    columns = {"example_id", "view", *same, *agreeing}
+    columns |= {"position_index"} if _LISTED in agreeing else set()
     for expression in expressions:
         columns |= text.column_names(text.check_expression(expression))
     # DuckDB's own hash of long lists: they are compared in 8 bytes a row.
     content = f"hash({', '.join(text.quote_name(name) for name in same)})" if same else "0"
-    keys = f'example_id, "view", {content} AS content'
+    keys, unlike = _agreement(content, agreeing)
+    ours, number = _number(table, files), _number(theirs, theirs.files)
+    on = 'a.example_id = b.example_id AND a."view" = b."view"'
     # Schemas have names of ours: users' names are free to be DuckDB's own.
     with Session({"a": table, "b": theirs}, columns, {"a": files, "b": theirs.files}) as session:
         found = session.run(
-            f"SELECT a.number AS mine, b.number AS theirs, a.content = b.content AS same"
+            "SELECT a.number AS mine, b.number AS theirs, "
+            f"CASE WHEN a.content <> b.content THEN 0{unlike} ELSE -1 END AS differs"
             f"{''.join(f', b.softlabels_{place}' for place in range(len(expressions)))} "
-            f"FROM (SELECT {keys}, {_number(table, files)} AS number FROM a.{NUMBERED}) AS a "
-            f"JOIN (SELECT {keys}, {_number(theirs, theirs.files)} AS number"
+            f"FROM (SELECT {keys}, {ours} AS number FROM a.{NUMBERED}) AS a "
+            f"JOIN (SELECT {keys}, {number} AS number"
             f"{', ' if expressions else ''}{_listed(expressions)} FROM b.{NUMBERED} AS labels) "
-            'AS b ON a.example_id = b.example_id AND a."view" = b."view"'
+            f"AS b ON {on}"
         )
-    mine, numbers = _flat(found["mine"], np.int64), _flat(found["theirs"], np.int64)
+        differs = flat_numbers(pc.cast(found["differs"], pa.int64()), np.int64)
+        mine = flat_numbers(found["mine"], np.int64)
+        if _LISTED in agreeing and (listed := differs == agreeing.index(_LISTED) + 1).any():
+            lists = f'example_id, "view", {_LISTED}, position_index'
+            opposed = session.run(
+                f"SELECT a.number FROM (SELECT {lists}, {ours} AS number FROM a.{NUMBERED}) AS a "
+                f"JOIN (SELECT {lists} FROM b.{NUMBERED}) AS b ON {on} WHERE {_OPPOSED}"
+            )
+            really = np.isin(mine, flat_numbers(opposed["number"], np.int64))
+            differs = np.where(listed & ~really, -1, differs)
+    numbers = flat_numbers(found["theirs"], np.int64)
     at = np.minimum(np.searchsorted(rows, mine), max(len(rows) - 1, 0))
     taken = rows[at] == mine if len(rows) else np.zeros(len(mine), bool)
-    at, mine, numbers = at[taken], mine[taken], numbers[taken]
+    at, mine, numbers, differs = at[taken], mine[taken], numbers[taken], differs[taken]
     _refuse_double(other, numbers, theirs.num_rows, mine, first)
     _refuse_double(first, mine, table.num_rows, numbers, other)
-    if not pc.all(found["same"]).as_py():
-        differs = ~(_flat(pc.cast(found["same"], pa.int64()), np.int64) != 0)[taken]
-        if differs.any():
-            place = int(np.argmin(np.where(differs, mine, np.iinfo(np.int64).max)))
-            _refuse_other(first, int(mine[place]), other, int(numbers[place]), same)
+    if (differs >= 0).any():
+        place = int(np.argmin(np.where(differs >= 0, mine, np.iinfo(np.int64).max)))
+        which = int(differs[place])
+        suspected = [agreeing[which - 1]] if which else same
+        _refuse_other(first, int(mine[place]), other, int(numbers[place]), suspected)
     aligned = np.full(len(rows), -1, np.int64)
     aligned[at] = numbers
     values = np.full((len(expressions), len(rows)), np.nan)
     for place in range(len(expressions)):
         values[place, at] = _floats(found[f"softlabels_{place}"])[taken]
     return aligned, values
+
+
+def _agreement(content: str, agreeing: Sequence[str]) -> tuple[str, str]:
+    """SQL: what both sides of the join give of themselves, and the places where they differ."""
+    keys = f'example_id, "view", {content} AS content' + "".join(
+        f", {AGREEING[name]} AS agreeing_{name}" for name in agreeing
+    )
+    unlike = "".join(
+        f" WHEN a.agreeing_{name} <> b.agreeing_{name} THEN {place}"
+        for place, name in enumerate(agreeing, 1)
+    )
+    return keys, unlike
 
 
 def _refuse_double(
@@ -202,10 +235,13 @@ def _refuse_other(
 ) -> None:
     here, there = (_row(table, row, same) for table, row in ((first[1], mine), (other[1], theirs)))
     column = next((name for name in same if here[name] != there[name]), same[0])
+    why = "targets of one row are of the same positions"
+    if column in AGREEING:
+        why = "tables of one example must agree: is one of them of other data?"
     raise MismatchError(
         f"example {example_of(first[1], mine)!r}: {column} differs: {first[0]!r} has "
         f"{_short(here[column], there[column])}, {other[0]!r} has "
-        f"{_short(there[column], here[column])}; targets of one row are of the same positions"
+        f"{_short(there[column], here[column])}; {why}"
     )
 
 
@@ -246,9 +282,4 @@ def _listed(expressions: Sequence[str]) -> str:
 
 
 def _floats(column: pa.ChunkedArray) -> Values:
-    return np.asarray(_flat(pc.fill_null(column, float("nan")), np.float64))
-
-
-def _flat(column: pa.ChunkedArray, kind: type[np.generic]) -> Any:
-    parts = [to_numpy(chunk, kind) for chunk in column.chunks]
-    return np.concatenate(parts) if parts else np.zeros(0, kind)
+    return np.asarray(flat_numbers(pc.fill_null(column, float("nan")), np.float64))

@@ -7,7 +7,8 @@
 
 Rows are those that all teachers hold, in the first one's order, with its columns. As in a capture,
 units of rows are committed under keys of the run, so that the same call again goes on where it
-stopped. Rows are read a chunk at a time and pass through memory once.
+stopped. Rows are read a chunk at a time: once to see that all of them are exact, which is skipped
+where all teachers store all classes, and once to be written.
 """
 
 import importlib.metadata
@@ -164,6 +165,8 @@ class _Job:
         if not self.units:
             reasons = ", ".join(f"{count} {why}" for why, count in report.dropped.items() if count)
             raise BadInputError(f"the ensemble is left without rows: {reasons or 'no rows'}")
+        if table is not None:
+            self._require_own(table)
         if table is not None and all(table.committed(key) for key, _ in self.units):
             return self._done(report, table)
         report.k = self._survey(watching, stopped)
@@ -204,8 +207,10 @@ class _Job:
         stored = table.store_shard(key, name, writer.close())
         lineage = self._lineage(stored, name, started, time.monotonic() - before)
         made = table.commit([stored], lineage, self._require_own)
-        report.committed += 1
-        report.rows += stored.num_rows
+        # Another run of the same ensemble may have been first: its file is the unit's then.
+        if any(file.path == stored.path for file in made.files):
+            report.committed += 1
+            report.rows += stored.num_rows
         return made
 
     @cached_property
@@ -316,7 +321,7 @@ class _Job:
             f"{chunk.place(unknown.position)}: class or token {unknown.token} is stored by another "
             f"teacher, not by {name!r}, which has a mass of {unknown.mass:.3g} outside its stored "
             "ids: how much of it that id has is not known, and one table would have to invent it; "
-            "keep the teachers apart as an `ensemble:` of a recipe, which is exact in training"
+            "keep the teachers apart as an `ensemble:` of a recipe, which is unbiased with draws"
         )
 
     def _require_own(self, table: Table) -> None:

@@ -11,12 +11,13 @@ vit:
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from softlabels.errors import BadInputError
 from softlabels.query.sql import check_expression
+from softlabels.specs import RealNumber, written_as_number
 
-Weight = Annotated[FiniteFloat, Field(ge=0)]
+Weight = Annotated[RealNumber, Field(ge=0)]
 
 
 class Member(BaseModel):
@@ -39,7 +40,7 @@ class Member(BaseModel):
     table: str
     weight: Weight | str = 1.0
     by_class: Mapping[str | int, Weight] = {}
-    temperature: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    temperature: Annotated[RealNumber, Field(gt=0)] = 1.0
 
     @model_validator(mode="before")
     @classmethod
@@ -55,6 +56,12 @@ class Member(BaseModel):
                 "values, so quote such names"
             )
         return value
+
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _number_or_text(cls, value: Any) -> Any:
+        # Text is SQL, which "2" is too.
+        return value if isinstance(value, str) else written_as_number(value)
 
     @field_validator("weight")
     @classmethod

@@ -19,8 +19,10 @@ from softlabels.plan import (
     ValueCount,
     join_entries,
 )
+from softlabels.plan_checks import too_many_readings
 from softlabels.query.ensemble import Part, ensemble_entries, require_alike
 from softlabels.query.entries import plain_entries
+from softlabels.query.excluding import Excluded, read_excluded
 from softlabels.query.recipe import Recipe
 from softlabels.query.sampling import (
     Numbers,
@@ -108,7 +110,8 @@ def mix(recipe: Recipe) -> Plan:
 
     Raises:
         BadInputError: a table is not there, a source is left without rows, an expression is wrong,
-            a position rule asks for what the table has not.
+            a file of examples to leave out cannot be read,
+            a position rule asks for what the table has not, an epoch is too long.
         RecipeMismatchError: tables have different label spaces, tokenizers or alignments, or
             teachers of an ensemble do not fit each other.
         IntegrityError: a file is not as its table's log says.
@@ -117,8 +120,10 @@ def mix(recipe: Recipe) -> Plan:
     for name, source in recipe.sources.items():
         check(name, source, tables[name])
     taken = Taken() if recipe.once else None
+    excluded = _excluded(recipe)
     gathered = [
-        gather(recipe, name, tables[name], _needs_keys(recipe, name), taken) for name in tables
+        gather(recipe, name, tables[name], _needs_keys(recipe, name), taken, excluded.get(name))
+        for name in tables
     ]
     reads = _reads(recipe, {g.name: g.kept for g in gathered})
     owners = _table_names(gathered)
@@ -127,12 +132,14 @@ def mix(recipe: Recipe) -> Plan:
     entries = join_entries(
         [_entries(m, groups) for m in sorted(mixed, key=lambda m: m.gathered.source.stage)]
     )
+    if problem := too_many_readings(entries):
+        raise BadInputError(f"{problem}: give fewer repeats or rows an epoch")
     rules = any(piece.rules for piece in used.values())
     several = any(g.aligned is not None for g in gathered)
     return Plan(
         tables={name: _plan_table(name, piece, groups[name]) for name, piece in used.items()},
         entries=entries,
-        recipe=recipe.normalised(),
+        recipe=recipe.normalised({name: found.sha256 for name, found in excluded.items()}),
         report=tuple(_report(m, recipe, sum(reads.values())) for m in mixed),
         features=(*([POSITIONS] if rules else []), *([ENSEMBLE] if several else [])),
     )
@@ -174,6 +181,18 @@ def _open(recipe: Recipe) -> dict[str, dict[str, Table]]:
     except MismatchError as error:
         raise RecipeMismatchError(str(error)) from error
     return tables
+
+
+def _excluded(recipe: Recipe) -> dict[str, Excluded]:
+    """What each source with `exclude` leaves out."""
+    found = {}
+    for name, source in recipe.sources.items():
+        if source.exclude is not None:
+            try:
+                found[name] = read_excluded(source.exclude)
+            except BadInputError as error:
+                raise BadInputError(f"source {name!r}: {error}") from error
+    return found
 
 
 def _dotted(source: str, teacher: str) -> str:
@@ -316,9 +335,11 @@ def _report(mixed: _Mixed, recipe: Recipe, total: int) -> SourceReport:
 
 def _chosen(mixed: _Mixed) -> dict[str, int]:
     """Distinct rows that are read of each teacher."""
+    # Of a row that comes twice for some and once for others, parts may have it two times.
+    read = {piece.teacher: mixed.rows_read(piece) for piece in mixed.gathered.pieces}
     return {
-        piece.teacher: sum(len(rows) for rows, _ in mixed.rows_read(piece))
-        for piece in mixed.gathered.pieces
+        teacher: len(np.unique(np.concatenate([rows for rows, _ in parts]))) if parts else 0
+        for teacher, parts in read.items()
     }
 
 

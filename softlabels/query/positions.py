@@ -20,7 +20,7 @@ from typing import Annotated, Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from softlabels.query.sql import suggestion
 from softlabels.rules import (
@@ -31,8 +31,21 @@ from softlabels.rules import (
     PositionRules,
     PositionWeight,
 )
+from softlabels.specs import RealNumber
 
 COLUMNS = ("entropy", "tail_logprob", "label_logprob", "label_rank", "top1_prob")
+
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""Of weights: smaller ones lose digits in a float32, then are 0."""
+
+
+def _in_float32(value: float) -> float:
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(f"expected {SMALLEST:.3g} to {LARGEST:.3g}, what a float32 holds")
+    return value
+
+
+LossWeight = Annotated[RealNumber, Field(gt=0), AfterValidator(_in_float32)]
 
 _COMPARISON = re.compile(
     r"\s*([A-Za-z_]\w*)\s*(<=|>=|<>|<|>|=)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*"
@@ -53,7 +66,7 @@ class Weight(_Settings):
     """
 
     where: str
-    weight: Annotated[FiniteFloat, Field(gt=0, le=LARGEST)]
+    weight: LossWeight
 
     @field_validator("where")
     @classmethod
@@ -74,7 +87,7 @@ class Positions(_Settings):
     """
 
     where: str | None = None
-    top: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
+    top: Annotated[RealNumber, Field(gt=0, le=1)] | None = None
     by: str | None = None
     weights: Annotated[tuple[Weight, ...], Field(min_length=1)] | None = None
 

@@ -7,6 +7,7 @@
       trusted:                        # the name of the source
         table: out/labels@v1          # TABLE, TABLE@tag or TABLE@version
         where: "top1_id = label"      # one SQL expression over the table's columns
+        exclude: suspects.parquet     # without the examples of this file
         split: {take: train, holdout: 0.1, seed: 0}     # or take: holdout
         fraction: 0.5                 # of the rows that are left
         limit: {each: 100, by: label} # at most 100 of each class; a plain 5000: of all
@@ -33,8 +34,9 @@
 
 Where no source has a weight there is no `rows`, and `repeats: 1.5` says how often rows come.
 
-Rows of a version pass `where`, then `split`, `once`, `fraction` and `limit`; then those without a
-position that passes `positions` are dropped, and those that a teacher of an ensemble has not.
+Rows of a version pass `where`, then `exclude`, `split`, `once`, `fraction` and `limit`; then those
+without a position that passes `positions` are dropped, and those that a teacher of an ensemble has
+not.
 `weight` or `repeats` says how many rows of those that are left come in an epoch, and `balance` or
 `sample_by` how often which; without them all come alike.
 """
@@ -48,7 +50,6 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    FiniteFloat,
     Tag,
     field_validator,
     model_validator,
@@ -56,11 +57,12 @@ from pydantic import (
 
 from softlabels.errors import BadInputError
 from softlabels.query.members import Member
-from softlabels.query.positions import Positions
+from softlabels.query.positions import SMALLEST, LossWeight, Positions
 from softlabels.query.sql import check_expression
-from softlabels.specs import load_spec
+from softlabels.rules import LARGEST
+from softlabels.specs import RealNumber, WholeNumber, load_spec
 
-Positive = Annotated[FiniteFloat, Field(gt=0)]
+Positive = Annotated[RealNumber, Field(gt=0)]
 
 
 class _Settings(BaseModel):
@@ -79,8 +81,8 @@ class Split(_Settings):
     """
 
     take: Literal["train", "holdout"]
-    holdout: Annotated[FiniteFloat, Field(gt=0, lt=1)]
-    seed: int = 0
+    holdout: Annotated[RealNumber, Field(gt=0, lt=1)]
+    seed: WholeNumber = 0
 
 
 class Each(_Settings):
@@ -91,7 +93,7 @@ class Each(_Settings):
         by: column or SQL expression; rows without a value (NULL) are dropped.
     """
 
-    each: Annotated[int, Field(gt=0)]
+    each: Annotated[WholeNumber, Field(gt=0)]
     by: str
 
 
@@ -107,7 +109,7 @@ class Balance(_Settings):
     """
 
     by: str
-    temperature: Annotated[FiniteFloat, Field(ge=1)] | None = None
+    temperature: Annotated[RealNumber, Field(ge=1)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -139,7 +141,7 @@ def _kind_of_limit(value: Any) -> str:
 
 
 Limit = Annotated[
-    Annotated[Annotated[int, Field(gt=0)], Tag("rows")] | Annotated[Each, Tag("values")],
+    Annotated[Annotated[WholeNumber, Field(gt=0)], Tag("rows")] | Annotated[Each, Tag("values")],
     Discriminator(_kind_of_limit),
 ]
 
@@ -157,6 +159,9 @@ class Source(_Settings):
             one's table says which rows and labels there are.
         choose: teachers of which each example has the best.
         where: SQL expression over the columns of `labels`; None: all rows.
+        exclude: a local Parquet, CSV or JSON file with a column example_id and, where single views
+            are meant, view, like `suspects -o` writes; rows in it are dropped. The plan knows it by
+            what it holds, not by its path.
         split: a side of a split by example_id.
         fraction: of the rows, above 0 to 1; exact up to chance, as each row is judged alone.
         limit: most rows that are kept, or {each: most rows of each value, by: column}.
@@ -166,7 +171,8 @@ class Source(_Settings):
         positions: which positions of these rows are learnt from, and with what weight.
         weight: share of the epoch relative to the other sources. Every source has one or none.
         repeats: times each row comes in an epoch; 1.5: once, and half of the rows once more.
-        loss_weight: factor of each row's loss.
+        loss_weight: factor of each row's loss, which a float32 must hold without loss of digits;
+            so must its product with a position's weight.
         stage: stages are read one after the other, by rising number.
     """
 
@@ -174,16 +180,17 @@ class Source(_Settings):
     ensemble: Annotated[Mapping[str, Member], Field(min_length=2)] | None = None
     choose: Choose | None = None
     where: str | None = None
+    exclude: Annotated[str, Field(min_length=1)] | None = None
     split: Split | None = None
-    fraction: Annotated[FiniteFloat, Field(gt=0, le=1)] | None = None
+    fraction: Annotated[RealNumber, Field(gt=0, le=1)] | None = None
     limit: Limit | None = None
     balance: Balance | None = None
     sample_by: str | None = None
     positions: Positions | None = None
     weight: Positive | None = None
-    repeats: Annotated[FiniteFloat, Field(gt=0, le=1_000_000)] | None = None
-    loss_weight: Positive = 1.0
-    stage: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    repeats: Annotated[RealNumber, Field(gt=0, le=1_000_000)] | None = None
+    loss_weight: LossWeight = 1.0
+    stage: Annotated[WholeNumber, Field(ge=0, lt=2**31)] = 0
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
@@ -197,6 +204,12 @@ class Source(_Settings):
             raise ValueError("weight and repeats both say how often rows come: give one of them")
         if self.balance is not None and self.sample_by is not None:
             raise ValueError("balance and sample_by both say how often which row comes: give one")
+        for rule in (self.positions and self.positions.weights) or ():
+            if not SMALLEST <= (product := rule.weight * self.loss_weight) <= LARGEST:
+                raise ValueError(
+                    f"loss_weight {self.loss_weight!r} times a position's weight {rule.weight!r} "
+                    f"is {product!r}: expected {SMALLEST:.3g} to {LARGEST:.3g}"
+                )
         return self
 
     @property
@@ -219,9 +232,9 @@ class Source(_Settings):
         return ((key, text) for key, text in by.items() if text is not None)
 
     def normalised(self) -> dict[str, Any]:
-        """Plain values without table locations."""
+        """Plain values without locations: neither of tables nor of the file of `exclude`."""
         found = self.model_dump(
-            mode="json", exclude={"table", "ensemble", "choose"}, exclude_none=True
+            mode="json", exclude={"table", "ensemble", "choose", "exclude"}, exclude_none=True
         )
         # Lists where order counts: keys of a mapping are sorted before they are digested.
         if self.ensemble is not None:
@@ -250,9 +263,9 @@ class Recipe(_Settings):
     """
 
     sources: Mapping[str, Source] = Field(min_length=1)
-    seed: int = 0
+    seed: WholeNumber = 0
     once: bool = False
-    rows: Annotated[int, Field(gt=0)] | None = None
+    rows: Annotated[WholeNumber, Field(gt=0)] | None = None
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -295,9 +308,20 @@ class Recipe(_Settings):
         """Whether sources have weights."""
         return all(source.weight is not None for source in self.sources.values())
 
-    def normalised(self) -> dict[str, Any]:
-        """Plain values without table locations: equal recipes give equal values anywhere."""
-        sources = [{"name": name, **source.normalised()} for name, source in self.sources.items()]
+    def normalised(self, excluded: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Plain values without locations: equal recipes give equal values anywhere.
+
+        Args:
+            excluded: by source, the digest of what its `exclude` holds, for each that has one.
+        """
+        sources = [
+            {
+                "name": name,
+                **source.normalised(),
+                **({"exclude": (excluded or {})[name]} if source.exclude is not None else {}),
+            }
+            for name, source in self.sources.items()
+        ]
         once = {"once": True} if self.once else {}
         rows = {} if self.rows is None else {"rows": self.rows}
         return {"seed": self.seed, "sources": sources, **once, **rows}

@@ -8,12 +8,14 @@ import decimal
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from softlabels.errors import BadInputError
+from softlabels.targets import to_numpy
 
 Numbers = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
@@ -135,6 +137,12 @@ def reads_until(sums: Numbers, total: int, whole: int, start: int) -> Numbers:
     found -= (found > 0) & (border(found) > sums)
     found += (found < total) & (border(found + 1) <= sums)
     return np.asarray(found)
+
+
+def flat_numbers(column: pa.ChunkedArray, kind: type[np.generic]) -> Any:
+    """The numbers of a column without nulls, [n] of type `kind`."""
+    parts = [to_numpy(chunk, kind) for chunk in column.chunks]
+    return np.concatenate(parts) if parts else np.zeros(0, kind)
 
 
 def parts_of(reads: Numbers) -> list[tuple[Numbers, int]]:

@@ -17,10 +17,18 @@ import pyarrow.parquet as pq
 
 from softlabels.errors import BadInputError, IntegrityError
 from softlabels.query import sql as text
+from softlabels.query.excluding import Excluded
 from softlabels.query.expressions import check_source
 from softlabels.query.prune import may_match
 from softlabels.query.recipe import Each, Source
-from softlabels.query.sampling import Keys, Numbers, Taken, lowest, rank_in_value
+from softlabels.query.sampling import (
+    Keys,
+    Numbers,
+    Taken,
+    flat_numbers,
+    lowest,
+    rank_in_value,
+)
 from softlabels.query.view import FILE_COLUMN, NUMBERED, ROW_COLUMN, Session, read_footer
 from softlabels.store import shards
 from softlabels.store.table import Table, TableFile
@@ -36,6 +44,8 @@ __all__ = [
     "row_groups",
     "select",
 ]
+
+_EXCLUDE = ("exclude_high", "exclude_low")
 
 MOST_VALUES = 100_000
 """Values that `balance` tells apart."""
@@ -91,9 +101,14 @@ class RowGroups:
 
 
 def select(
-    table: Table, source: Source, seed: int, with_keys: bool, taken: Taken | None = None
+    table: Table,
+    source: Source,
+    seed: int,
+    with_keys: bool,
+    taken: Taken | None = None,
+    excluded: Excluded | None = None,
 ) -> Selection:
-    """The rows that pass the source's `where`, `split`, `fraction`, `limit`, and are not taken.
+    """The rows that pass `where`, `exclude`, `split`, `fraction`, `limit`, and are not taken.
 
     Args:
         table: the version that it reads; of several teachers' the first one's.
@@ -101,6 +116,7 @@ def select(
         seed: of the recipe.
         with_keys: whether keys are wanted even if the source itself takes no subset.
         taken: examples that no other source may take; None: any may.
+        excluded: what the source's `exclude` holds; None: nothing.
 
     Raises:
         BadInputError: an expression names an unknown column, is of a wrong type or cannot be
@@ -110,25 +126,23 @@ def select(
     check_source(source, table)
     by_hash = (source.fraction, source.limit, source.balance, source.sample_by, taken)
     with_keys = with_keys or any(part is not None for part in by_hash)
-    if source.where is None and source.split is None and not with_keys:
+    if source.where is None and source.split is None and excluded is None and not with_keys:
         return Selection(np.arange(table.num_rows, dtype=np.int64), None)
     wanted = _wanted(source, seed, with_keys, taken is not None)
+    if excluded is not None:
+        wanted |= dict(zip(_EXCLUDE, excluded.halves, strict=True))
     rows, found = _read(table, source.where, wanted)
-    keys = _flat(found.pop("key"), np.uint64) if with_keys else None
+    keys = flat_numbers(found.pop("key"), np.uint64) if with_keys else None
     dropped = {} if source.where is None else {"where": table.num_rows - len(rows)}
-    columns: dict[str, npt.NDArray[Any]] = {}
-    values: list[str] = []
-    if "low" in found:
-        columns["low"] = _flat(found.pop("low"), np.uint64)
-    if "limit" in found:
-        columns["limit"], _ = _codes("limit.by", found.pop("limit"), False)
-    if "balance" in found:
-        columns["balance"], values = _codes("balance.by", found.pop("balance"), True)
-    if "sample_by" in found:
-        columns["sample_by"] = _flat(pc.fill_null(found.pop("sample_by"), np.nan), np.float64)
-    selection = Selection(rows, keys, dropped, columns, values)
+    selection = Selection(rows, keys, dropped, *_columns(found))
+    kept = None
+    if excluded is not None:
+        high, low = (flat_numbers(found.pop(name), np.uint64) for name in _EXCLUDE)
+        kept = ~excluded.holds(high, low)
+        selection = selection.keep(kept, "exclude")
     if source.split is not None:
-        side = _flat(found.pop("split"), np.uint64)
+        side = flat_numbers(found.pop("split"), np.uint64)
+        side = side if kept is None else side[kept]
         # The decimal that was written, not its nearest binary float.
         held = side < np.uint64(int(Fraction(str(source.split.holdout)) * 2**64))
         selection = selection.keep(held == (source.split.take == "holdout"), "split")
@@ -136,6 +150,23 @@ def select(
         unseen = taken.unseen(selection.keys, selection.columns["low"])
         selection = selection.keep(unseen, "once")
     return _sampled(_limited(selection, source), source)
+
+
+def _columns(
+    found: Mapping[str, pa.ChunkedArray],
+) -> tuple[dict[str, npt.NDArray[Any]], list[str]]:
+    """`Selection.columns` and `Selection.values` of what was read."""
+    columns: dict[str, npt.NDArray[Any]] = {}
+    values: list[str] = []
+    if "low" in found:
+        columns["low"] = flat_numbers(found["low"], np.uint64)
+    if "limit" in found:
+        columns["limit"], _ = _codes("limit.by", found["limit"], False)
+    if "balance" in found:
+        columns["balance"], values = _codes("balance.by", found["balance"], True)
+    if "sample_by" in found:
+        columns["sample_by"] = flat_numbers(pc.fill_null(found["sample_by"], np.nan), np.float64)
+    return columns, values
 
 
 def _limited(selection: Selection, source: Source) -> Selection:
@@ -249,7 +280,9 @@ def _read(
         return np.zeros(0, np.int64), values
     starts = dict(zip((f.path for f in table.files), _file_starts(table.files), strict=True))
     firsts = np.array([starts[file.path] for file in files], np.int64)
-    numbers = firsts[_flat(found[FILE_COLUMN], np.int64)] + _flat(found[ROW_COLUMN], np.int64)
+    numbers = firsts[flat_numbers(found[FILE_COLUMN], np.int64)] + flat_numbers(
+        found[ROW_COLUMN], np.int64
+    )
     if len(numbers) > 1 and not (numbers[1:] > numbers[:-1]).all():
         order = np.argsort(numbers, kind="stable")
         numbers, taken = numbers[order], pa.array(order)
@@ -276,7 +309,13 @@ def _codes(key: str, column: pa.ChunkedArray, few: bool) -> tuple[Numbers, list[
             f"{key}: it has {count} values, at most {MOST_VALUES} can be told apart; of numbers, "
             "take coarser ones, like round(entropy, 1)"
         )
-    values = encoded.dictionary.to_pylist()
+    try:
+        values = encoded.dictionary.to_pylist()
+    except (OverflowError, ValueError) as error:
+        raise BadInputError(
+            f"{key}: it has a date that is infinite or not of the years 1 to 9999, which cannot be "
+            "shown; leave such rows out with where, or take its year"
+        ) from error
     order = sorted(range(count), key=values.__getitem__)
     places = np.empty(count + 1, np.int64)
     places[order], places[-1] = np.arange(count), -1  # the code -1 is the last place
@@ -285,11 +324,6 @@ def _codes(key: str, column: pa.ChunkedArray, few: bool) -> tuple[Numbers, list[
 
 def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _flat(column: pa.ChunkedArray, kind: type[np.generic]) -> Any:
-    parts = [to_numpy(chunk, kind) for chunk in column.chunks]
-    return np.concatenate(parts) if parts else np.zeros(0, kind)
 
 
 def _file_starts(files: Sequence[TableFile]) -> Numbers:

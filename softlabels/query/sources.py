@@ -11,6 +11,7 @@ import numpy as np
 from softlabels.errors import BadInputError, MismatchError, RecipeMismatchError
 from softlabels.query.choosing import check_choose, choose_teachers
 from softlabels.query.ensemble import Aligned, align, check_members
+from softlabels.query.excluding import Excluded
 from softlabels.query.expressions import check_source
 from softlabels.query.judging import Judged, judge
 from softlabels.query.recipe import Recipe, Source
@@ -89,7 +90,12 @@ def check(name: str, source: Source, tables: Mapping[str, Table]) -> None:
 
 
 def gather(
-    recipe: Recipe, name: str, tables: Mapping[str, Table], with_keys: bool, taken: Taken | None
+    recipe: Recipe,
+    name: str,
+    tables: Mapping[str, Table],
+    with_keys: bool,
+    taken: Taken | None,
+    excluded: Excluded | None = None,
 ) -> Gathered:
     """The rows of one source; adds them to `taken`.
 
@@ -99,6 +105,7 @@ def gather(
         tables: of its teachers, by name, opened.
         with_keys: whether rows need keys for the sake of the recipe.
         taken: examples of earlier sources, where an example comes once.
+        excluded: what its `exclude` holds.
 
     Raises:
         BadInputError: it is left without rows, or its SQL cannot be computed.
@@ -109,7 +116,7 @@ def gather(
     source = recipe.sources[name]
     try:
         table = next(iter(tables.values()))
-        selection = select(table, source, recipe.seed, with_keys, taken)
+        selection = select(table, source, recipe.seed, with_keys, taken, excluded)
         found = _gathered(name, source, tables, selection)
     except BadInputError as error:
         raise BadInputError(f"source {name!r}: {error}") from error

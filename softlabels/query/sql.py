@@ -20,6 +20,16 @@ _QUERY_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_
 _TABLE_FUNCTIONS = {"unnest", "range", "generate_series"}
 # Words that are no function calls to the parser and yet are answered by one.
 _CLOCKS = {"current_date", "current_time", "current_timestamp", "localtime", "localtimestamp"}
+# DuckDB calls these consistent; yet they depend on its release, on who runs it and where.
+_ELSEWHERE = {
+    *("version", "hash", "list_approx_count_distinct", "create_sort_key", "icu_sort_key"),
+    *("user", "current_user", "session_user", "current_role", "current_catalog"),
+    *("inet_client_addr", "inet_client_port", "inet_server_addr", "inet_server_port"),
+    *("current_localtime", "current_localtimestamp", "pg_my_temp_schema", "get_block_size"),
+    *("pg_conf_load_time", "pg_postmaster_start_time", "json_serialize_plan"),
+}
+SESSION_WORDS = frozenset({*_ELSEWHERE, "current_database", "current_schema", "current_query"})
+"""Words that, without brackets, are a column's name where there is one, else a function's."""
 _UNREADABLE = "the query cannot be read: "
 _SCHEMAS = frozenset({"main", "temp", "system", "pg_catalog", "information_schema"})
 _CSV_SETTINGS = re.compile(r"\.? Possible (?:solutions|fixes): .*?file = (.*?) delimiter = .*")
@@ -96,7 +106,12 @@ def check_expression(where: str, key: str = "where") -> Tree:
             raise BadInputError(f"{key} {where!r}: a subquery is refused: it sees other rows")
         if kind == "PARAMETER":
             raise BadInputError(f"{key} {where!r}: a parameter has no value here")
+        if kind in ("STAR", "POSITIONAL_REFERENCE"):
+            raise BadInputError(f"{key} {where!r}: *, COLUMNS and #1 are refused: name the columns")
         names = node.get("column_names") or [node.get("function_name", "")]
+        given = len(node.get("arguments", ())) + bool(node.get("schema"))  # x.age(): age(x)
+        if kind == "FUNCTION" and names[-1].lower() == "age" and given == 1:
+            raise BadInputError(f"{key} {where!r}: age of one argument counts from today")
         unsure = _CLOCKS if kind == "COLUMN_REF" else unstable
         if names[-1].lower() in unsure:
             raise BadInputError(f"{key} {where!r}: {names[-1]!r} is not decided by the row alone")
@@ -231,7 +246,7 @@ def _unstable_functions() -> frozenset[str]:
             "WHERE function_type IN ('scalar', 'macro')"
         ).fetchall()
     found = {name for name, stability, _ in rows if stability not in (None, "CONSISTENT")}
-    found |= _CLOCKS
+    found |= _CLOCKS | _ELSEWHERE
     macros = [(name, set(re.findall(r"\w+", body))) for name, _, body in rows if body]
     return frozenset(found | {name for name, words in macros if words & found})
 

@@ -59,7 +59,7 @@ ROW_COLUMN = "softlabels_row"
 """NUMBERED is `labels` with two more columns, which users' SQL cannot name: the file's place in
 the list of files, and the row's in its file."""
 
-_CONFIG: dict[str, Any] = {
+CONFIG: dict[str, Any] = {
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
     "allow_community_extensions": False,
@@ -68,6 +68,7 @@ _CONFIG: dict[str, Any] = {
     "python_enable_replacements": False,
     "python_scan_all_frames": False,
 }
+"""Of every connection that sees what users wrote."""
 
 
 def query(tables: Tables, sql: str, files: Files | None = None) -> pa.Table:
@@ -88,7 +89,7 @@ def query(tables: Tables, sql: str, files: Files | None = None) -> pa.Table:
         StorageError: a file of a table is missing, or memory and disk do not suffice.
     """
     opened = open_tables(tables)
-    attached = open_files(files or {}, _CONFIG, [*opened, *KINDS, "classes", *text.own_names()])
+    attached = open_files(files or {}, CONFIG, [*opened, *KINDS, "classes", *text.own_names()])
     tree = text.check_query(sql, [*_relation_names(opened), *(file.name for file in attached)])
     shown = _shown_columns(tree, opened, attached)
     columns = None if shown is None else _table_columns(tree, shown)
@@ -196,7 +197,7 @@ class Session:
             files = dict.fromkeys(tables, files)
         self._temporary = tempfile.TemporaryDirectory(prefix="softlabels-query-")
         self._con = duckdb.connect(
-            ":memory:", config=_CONFIG | {"temp_directory": self._temporary.name}
+            ":memory:", config=CONFIG | {"temp_directory": self._temporary.name}
         )
         try:
             macros.define(self._con)

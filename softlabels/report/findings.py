@@ -16,12 +16,37 @@ from softlabels.report.finding import LIKELIER, SURE, Facts, Finding, in_order, 
 def table_findings(part: Facts) -> list[Finding]:
     """The findings of one table's facts (`gather.part_facts`), worst first.
 
+    Of a plan that takes some of a version's rows, teacher, classes and targets are judged on the
+    whole version: chosen rows say how they were chosen. What is so of these rows alone is a note.
+
     Where targets and labels do not belong together, what would follow from that alone (label
     noise, a teacher that is not calibrated, classes that are never chosen) is left out.
     """
+    version = part.get("version")
+    if version is not None:
+        whole = part | {name: version.get(name) for name in OF_VERSION}
+        # A row whose tokens are not those of its targets speaks for itself, however chosen.
+        own = part.get("alignment") or {}
+        if own.get("verdict") != "contradiction" and version:
+            own = version.get("alignment") or {}
+        whole["alignment"] = own
+        judged = table_findings(whole | {"rows": 1, "duplicates": None, "version": None})
+        known = {finding.id for finding in judged}
+        here = [_selected(f) for f in _found(part, OF_ROWS) if f.id not in known]
+        return in_order([*judged, *_found(part, (duplicated_rows,)), *here])
     worst = _found(part, broken.RULES)[:1]
     others = _found(part, SOUND if not worst else ALWAYS)
     return in_order(worst + others)
+
+
+def _selected(finding: Finding) -> Finding:
+    """What is found in a plan's rows and not in the table: it may be what was asked for."""
+    return replace(
+        finding,
+        severity="note",
+        sentence=f"Of the rows that the plan takes, not of the table: {finding.sentence}",
+        advice="Nothing, if that is what the recipe is for; else take other rows too.",
+    )
 
 
 def _found(part: Facts, rules: Sequence[Callable[[Facts], Finding | None]]) -> list[Finding]:
@@ -31,7 +56,7 @@ def _found(part: Facts, rules: Sequence[Callable[[Facts], Finding | None]]) -> l
 def over_confident(part: Facts) -> Finding | None:
     """A teacher surer than it is right."""
     found = _temperature(part)
-    if found is None or found[0] < 1.3:
+    if found is None or found[0] / _taken_at(part) < 1.3:
         return None
     temperature, how = found
     return Finding(
@@ -46,7 +71,7 @@ def over_confident(part: Facts) -> Finding | None:
 def under_confident(part: Facts) -> Finding | None:
     """Targets softer than the teacher's skill: a temperature applied twice."""
     found = _temperature(part)
-    if found is None or found[0] > 1 / 1.3:
+    if found is None or found[0] / _taken_at(part) > 1 / 1.3:
         return None
     temperature, how = found
     return Finding(
@@ -58,6 +83,11 @@ def under_confident(part: Facts) -> Finding | None:
         "Store log-probabilities of the teacher's own softmax (temperature 1) and name extra "
         "temperatures in the capture; the loss divides by T by itself.",
     )
+
+
+def _taken_at(part: Facts) -> float:
+    """The temperature at which a plan takes the targets: it may be what mends them."""
+    return float(part.get("temperature") or 1.0)
 
 
 def _temperature(part: Facts) -> tuple[float, str] | None:
@@ -240,7 +270,7 @@ def no_rows(part: Facts) -> Finding | None:
 
 def few_labels(part: Facts) -> Finding | None:
     """Too few labels to say how good the teacher is."""
-    looked = part["looked_at"]
+    looked = part["looked_at"] or {"labelled": 0, "positions": 0}
     labelled = looked["labelled"]
     # With 200 the standard error of an accuracy is up to 3.5 %: enough to see what is broken.
     if labelled >= 200 or not looked["positions"]:
@@ -255,4 +285,6 @@ def few_labels(part: Facts) -> Finding | None:
 
 
 ALWAYS = (no_rows, duplicated_rows, small_k, no_entropy, lossy_codec, few_labels)
+OF_VERSION = ("looked_at", "teacher", "entropy", "kept", "codec", "classes")
+OF_ROWS = (small_k, no_entropy, lossy_codec)
 SOUND = (over_confident, under_confident, label_noise, truncated_classes, *ALWAYS)

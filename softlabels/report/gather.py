@@ -2,12 +2,14 @@
 
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from softlabels.errors import BadInputError, SoftLabelsError
+from softlabels.errors import BadInputError, IntegrityError, SoftLabelsError
+from softlabels.fingerprint import canonical_json
 from softlabels.plan import Plan
 from softlabels.report import contents, mass
 from softlabels.report.examples import Decoder, Pixels, examples
@@ -17,6 +19,14 @@ from softlabels.report.teacher import quality
 from softlabels.store.table import Table
 
 Facts = dict[str, Any]
+
+_SELECTS = ("where", "choose", "sample_by", "balance", "limit")
+"""What of a recipe's source leaves rows out, or takes some more often."""
+
+_OF_TEACHER = re.compile(
+    r"\b(top1_\w+|entropy|margin|position\w*|entries|topk_\w+|tail_\w+|label_\w+|sampled_ids)\b"
+)
+"""Columns and relations that say what a teacher thinks of a row."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ def gather(subject: str, options: Options | None = None) -> Facts:
     Returns:
         kind ("table", "plan", "run"); subject; parts, the facts of each table (`part_facts`);
         plan (`plan_facts`), run (`runs.run_facts`) and baseline (`runs.compare`), None where there
-        is none; judges, the teacher's figures on the tables of a run's evaluation plan; notes on
+        is none; judges, the teachers' figures on the tables of a run's evaluation plan; notes on
         what could not be looked at. Values are JSON, but for pictures of examples.
 
     Raises:
@@ -72,8 +82,10 @@ def part_facts(part: Part, options: Options) -> Facts:
     """What one table version, or a plan's rows of it, says.
 
     Returns:
-        name, rows, files; looked_at (rows, positions, labelled, whole); lineage, bytes, and where
-        there are rows: teacher, entropy, kept, codec, classes, duplicates, alignment, examples.
+        name, rows, files; looked_at (rows, positions, labelled, whole); lineage, bytes;
+        temperature and further, as of `Part`; version, the same of the whole table version where a
+        plan takes a part of it (`_version`), None where this is all of it; and where there are
+        rows: teacher, entropy, kept, codec, classes, duplicates, alignment, examples.
     """
     found: Facts = {
         "name": part.name,
@@ -81,25 +93,18 @@ def part_facts(part: Part, options: Options) -> Facts:
         "files": part.num_files,
         "lineage": contents.lineage(part),
         "bytes": contents.bytes_by_column(part),
+        "temperature": part.temperature,
+        "further": part.further,
+        "version": None,
     }
     seen = sample(part)
-    found["looked_at"] = {
-        "rows": seen.num_rows,
-        "positions": len(seen.targets.ids) if seen.batches else 0,
-        "labelled": int((seen.labels >= 0).sum()) if seen.batches else 0,
-        "whole": seen.whole,
-    }
+    found["looked_at"] = _looked_at(seen)
     if not seen.num_rows:
         return found
     decode, note = _decoder(seen, options)
     return found | {
-        "teacher": quality(seen),
-        "entropy": mass.entropy(seen),
-        "kept": mass.kept(seen),
-        "codec": mass.codec_loss(seen),
-        "classes": contents.classes(part),
+        **_judged(seen),
         "duplicates": contents.duplicates(seen),
-        "alignment": contents.alignment(seen),
         "examples": examples(seen, decode, options.pixels),
         "tokens": note,
     }
@@ -127,11 +132,12 @@ def plan_facts(plan: Plan) -> Facts:
 
 def _plan(path: str, options: Options) -> Facts:
     plan = Plan.read(path)
-    parts = of_plan(plan, plan.roots_of(options.roots))
+    notes: list[str] = []
     return {
         "kind": "plan",
         "plan": plan_facts(plan),
-        "parts": [part_facts(part, options) for part in parts],
+        "parts": _plan_parts(plan, options.roots, options, notes),
+        "notes": notes,
     }
 
 
@@ -155,7 +161,15 @@ def _run(folder: Path, options: Options) -> Facts:
     if judge is not None:
         try:
             held = of_plan(judge, judge.roots_of(roots))
-            found["judges"] = [{"name": p.name, "teacher": quality(sample(p))} for p in held]
+            found["judges"] = [
+                {
+                    "name": part.name,
+                    "teacher": quality(sample(part)),
+                    "further": part.further,
+                    "chosen": _by_teacher(judge.recipe),
+                }
+                for part in held
+            ]
         except SoftLabelsError as error:
             notes.append(f"the teacher's figures on the evaluation plan are not known: {error}")
     return found
@@ -163,10 +177,92 @@ def _run(folder: Path, options: Options) -> Facts:
 
 def _parts(plan: Plan, roots: Mapping[str, str], options: Options, notes: list[str]) -> list[Facts]:
     try:
-        return [part_facts(part, options) for part in of_plan(plan, plan.roots_of(roots))]
+        return _plan_parts(plan, roots, options, notes)
     except SoftLabelsError as error:
         notes.append(f"the plan's tables could not be looked at: {error}")
         return []
+
+
+def _plan_parts(
+    plan: Plan, roots: Mapping[str, str], options: Options, notes: list[str]
+) -> list[Facts]:
+    """The facts of each of a plan's tables, those of the whole version among them.
+
+    How good a teacher is must not be judged by rows that were chosen for it, as by
+    `where: top1_id = label`.
+    """
+    versions: dict[tuple[str, str], Facts] = {}
+    found = []
+    for part in of_plan(plan, plan.roots_of(roots)):
+        facts = part_facts(part, options)
+        found.append(facts)
+        table = plan.tables[part.name]
+        held = [source.rows for source in plan.report if source.table == part.name]
+        if not part.num_rows:  # nothing is learnt from it
+            facts["version"] = {}
+            continue
+        if part.rules is None and part.num_rows in held:
+            continue
+        key = (part.shards.root.uri, table.snapshot_digest)
+        if key not in versions:
+            versions[key] = _version(plan, part, notes)
+        if part.rules is not None or versions[key].get("rows") != part.num_rows:
+            facts["version"] = versions[key]
+    return found
+
+
+def _version(plan: Plan, part: Part, notes: list[str]) -> Facts:
+    """rows, looked_at and what `_judged` gives of the whole version; empty if it is not there."""
+    table = plan.tables[part.name]
+    uri = part.shards.root.uri
+    try:
+        opened = Table.open(f"{uri}@{table.version}")
+        if opened.snapshot_digest != table.snapshot_digest:
+            raise IntegrityError(
+                f"{uri}@{table.version} has snapshot {opened.snapshot_digest!r}, the plan read "
+                f"{table.snapshot_digest!r}"
+            )
+        whole = of_table(opened)
+        seen = sample(whole)
+    except SoftLabelsError as error:
+        notes.append(
+            f"how good the teacher of {part.name!r} is cannot be told from chosen rows, and the "
+            f"whole version could not be looked at: {error}"
+        )
+        return {}
+    judged = _judged(seen) if seen.num_rows else {}
+    return {"rows": whole.num_rows, "looked_at": _looked_at(seen), **judged}
+
+
+def _judged(seen: Sample) -> Facts:
+    """What tells whether a teacher is good and its targets are sound."""
+    return {
+        "teacher": quality(seen),
+        "entropy": mass.entropy(seen),
+        "kept": mass.kept(seen),
+        "codec": mass.codec_loss(seen),
+        "classes": contents.classes(seen.part),
+        "alignment": contents.alignment(seen),
+    }
+
+
+def _looked_at(seen: Sample) -> Facts:
+    return {
+        "rows": seen.num_rows,
+        "positions": len(seen.targets.ids) if seen.batches else 0,
+        "labelled": int((seen.labels >= 0).sum()) if seen.batches else 0,
+        "whole": seen.whole,
+    }
+
+
+def _by_teacher(recipe: Mapping[str, Any]) -> bool:
+    """Whether rows were chosen by what a teacher says of them, by a plan's recipe."""
+    sources = recipe.get("sources")
+    for source in sources if isinstance(sources, Sequence) else ():
+        held = {name: source[name] for name in _SELECTS if source.get(name) is not None}
+        if "choose" in held or _OF_TEACHER.search(canonical_json(held)):
+            return True
+    return False
 
 
 def _plan_of(path: str | None, fingerprint: str | None, notes: list[str]) -> Plan | None:

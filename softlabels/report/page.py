@@ -96,6 +96,11 @@ def _view(part: Facts) -> dict[str, Any]:
         f"Looked at: {looked['rows']:,} of {part['rows']:,} rows, {looked['positions']:,} positions"
     )
     said += ", all there is." if looked["whole"] else ", whole row groups evenly spread."
+    if part["version"]:
+        said += (
+            f" Teacher, classes and targets are judged on the whole version: "
+            f"{part['version']['looked_at']['rows']:,} of its {part['version']['rows']:,} rows."
+        )
     fit = (part.get("teacher") or {}).get("fit")
     return {
         "part": {
@@ -166,6 +171,7 @@ def _classes(part: Facts) -> dict[str, Any] | None:
             for c in listed
         ],
         "meters": [(c["labels"] if found["labelled"] else c["chosen"]) / most for c in listed],
+        "meter": f"{'labels' if found['labelled'] else 'chosen'}, of the most",
         "open": len(listed) <= 12,
     }
 
@@ -219,6 +225,7 @@ def _bytes(part: Facts) -> dict[str, Any] | None:
         "columns": ["column", "bytes a row"],
         "rows": [[c["column"], figure(c["per_row"], 3)] for c in columns],
         "meters": [c["bytes"] / total for c in columns],
+        "meter": "share of bytes",
         "open": False,
     }
 

@@ -4,7 +4,7 @@ N positions, k stored ids, m draws a position, V classes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
@@ -14,12 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from softlabels.arrays import nested
 from softlabels.lineage import Contents
 from softlabels.plan import Plan
-from softlabels.schema import temper_columns
-from softlabels.storage import Root
-from softlabels.store import shards
+from softlabels.report.opened import Group, Shards
+from softlabels.rules import PositionRules
+from softlabels.schema import FLOATS, temper_columns
 from softlabels.store.table import Table
+from softlabels.student.ruled import keep_positions
 from softlabels.targets import SoftTargets, flat_lists
 
 SAMPLE_POSITIONS = 50_000
@@ -53,49 +55,38 @@ _FIXED = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Rows of one row group: its file below the root, and which of its rows; None: all."""
-
-    path: str
-    number: int
-    num_rows: int
-    rows: npt.NDArray[np.int32] | None = None
-
-
 @dataclass
 class Part:
     """The rows of one table version that a report is about.
 
     Attributes:
         name: what the page calls them.
-        root: where the files are.
+        shards: the version's files.
         contents: what the table version holds.
         groups: row groups, in order, of at most SAMPLE_FILES files.
         num_rows: rows that there are in all, also in files that were not opened.
         num_files: files in all.
-        footers: of these files.
+        footers: of those that were opened.
+        rules: of a plan, which positions of these rows are read; None: all.
+        temperature: at which a plan takes the targets.
+        further: whether a plan reads them as another teacher of other tables' rows alone.
     """
 
     name: str
-    root: Root
+    shards: Shards
     contents: Contents
     groups: Sequence[Group]
     num_rows: int
     num_files: int
     footers: Mapping[str, pq.FileMetaData]
-    _open: tuple[str, pq.ParquetFile] | None = field(default=None, repr=False)
+    rules: PositionRules | None = None
+    temperature: float = 1.0
+    further: bool = False
 
     def read(self, groups: Sequence[Group], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
         """The rows of each of `groups`, with those of `columns` that the table has."""
         for group in groups:
-            if self._open is None or self._open[0] != group.path:
-                buffer = self.root.buffer(group.path)
-                self._open = group.path, shards.open_shard(buffer, group.path)
-            file = self._open[1]
-            names = [name for name in columns if name in file.schema_arrow.names]
-            batch = shards.read_row_groups(file, group.path, [group.number], names)
-            yield batch if group.rows is None else batch.take(pa.array(group.rows))
+            yield self.shards.read(group, columns)
 
 
 @dataclass
@@ -189,38 +180,57 @@ class Sample:
 
 
 def of_table(table: Table) -> Part:
-    """All rows of a table version."""
+    """All rows of a table version.
+
+    Raises:
+        IntegrityError: a file is not the one that the log names.
+    """
     files = [file for file in table.files if file.num_rows]
-    footers = _footers(table.root, [file.path for file in files])
+    held = Shards(table.root, files, "the log")
+    footers = _footers(held, [file.path for file in files])
     groups = [
         Group(path, number, int(footer.row_group(number).num_rows))
         for path, footer in footers.items()
         for number in range(footer.num_row_groups)
     ]
     name = f"{table.root.uri}@{table.version}"
-    return Part(name, table.root, table.contents, groups, table.num_rows, len(files), footers)
+    return Part(name, held, table.contents, groups, table.num_rows, len(files), footers)
 
 
 def of_plan(plan: Plan, roots: Mapping[str, str]) -> list[Part]:
-    """The rows that a plan takes of each of its tables, once each, in plan order.
+    """The rows that a plan takes of each of its tables, once each and whichever of a row's
+    teachers the table is, in plan order.
 
     Raises:
         BadInputError: a table is not where the plan says; `roots` may say where it is.
+        IntegrityError: a file is not the one that the plan names.
     """
+    places: dict[str, dict[tuple[str, int], list[tuple[int, int]]]] = {n: {} for n in plan.tables}
+    slots = [found for n in range(plan.num_members) if (found := plan.member(n)) is not None]
+    for slot, entries in enumerate(slots):
+        columns = [entries[name].to_pylist() for name in ("table", "file", "row_group", "num_rows")]
+        for place, (name, file, number, count) in enumerate(zip(*columns, strict=True)):
+            if count:
+                places[name].setdefault((file, number), []).append((slot, place))
     parts = []
     for name, table in plan.tables.items():
-        entries = plan.entries.filter(pc.equal(plan.entries["table"], name)).combine_chunks()
-        places: dict[tuple[str, int], list[int]] = {}
-        keys = zip(entries["file"].to_pylist(), entries["row_group"].to_pylist(), strict=True)
-        for place, key in enumerate(keys):
-            places.setdefault(key, []).append(place)
-        groups = [_group(entries, *key, found) for key, found in places.items()]
-        root = plan.root(name, roots)
+        groups = [_group(slots, *key, found) for key, found in places[name].items()]
+        held = Shards(plan.root(name, roots), table.files, "the plan")
         files = list(dict.fromkeys(group.path for group in groups))
-        footers = _footers(root, files)
-        used = [group for group in groups if group.path in footers]
-        total = sum(group.num_rows for group in groups)
-        parts.append(Part(name, root, table.contents, used, total, len(files), footers))
+        footers = _footers(held, files)
+        part = Part(
+            name,
+            held,
+            table.contents,
+            [group for group in groups if group.path in footers],
+            sum(group.num_rows for group in groups),
+            len(files),
+            footers,
+            table.positions,
+            table.temperature,
+            bool(groups) and all(slot for found in places[name].values() for slot, _ in found),
+        )
+        parts.append(part)
     return parts
 
 
@@ -240,7 +250,7 @@ def sample(part: Part, positions: int | None = None) -> Sample:
         (batch,) = part.read([group], columns)
         # Each gives its share, so that the last ones have one too.
         room = wanted * number // len(chosen) - sum(map(_positions, batches))
-        batch = _shortened(batch, room)
+        batch = _ruled(part, _shortened(batch, room))
         if batch.num_rows:
             groups.append(group)
             batches.append(batch)
@@ -276,22 +286,43 @@ def _first_scattered(groups: Sequence[Group], rows: int) -> list[Group]:
     return [groups[number] for number in sorted(taken)]
 
 
-def _group(entries: pa.Table, path: str, number: int, places: Sequence[int]) -> Group:
-    """The rows that some entries of a plan take of one row group, each once."""
-    lists = [entries["rows"][place] for place in places]
-    if not all(rows.is_valid for rows in lists):
-        whole = next(place for place, rows in zip(places, lists, strict=True) if not rows.is_valid)
-        return Group(path, number, int(entries["num_rows"][whole].as_py()))
-    rows = [np.asarray(found.values.to_numpy(), np.int32) for found in lists]
-    every = rows[0] if len(rows) == 1 else np.unique(np.concatenate(rows))
+def _group(
+    slots: Sequence[pa.Table], path: str, number: int, places: Sequence[tuple[int, int]]
+) -> Group:
+    """The rows that some entries of a plan take of one row group, each once.
+
+    Args:
+        slots: `Plan.member` of each slot.
+        path: of the file.
+        number: of the row group.
+        places: slot and entry.
+    """
+    lists = [slots[slot]["rows"][place] for slot, place in places]
+    for (slot, place), rows in zip(places, lists, strict=True):
+        if not rows.is_valid:
+            return Group(path, number, int(slots[slot]["num_rows"][place].as_py()))
+    every = np.unique(np.concatenate([np.asarray(r.values.to_numpy(), np.int32) for r in lists]))
     return Group(path, number, len(every), every)
 
 
-def _footers(root: Root, paths: Sequence[str]) -> dict[str, pq.FileMetaData]:
-    return {
-        path: shards.open_shard(root.buffer(path), path).metadata
-        for path in _spread(paths, SAMPLE_FILES)
-    }
+def _footers(held: Shards, paths: Sequence[str]) -> dict[str, pq.FileMetaData]:
+    return {path: held.open(path).metadata for path in _spread(paths, SAMPLE_FILES)}
+
+
+def _ruled(part: Part, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same rows with the positions that the part's rules keep."""
+    if part.rules is None or not batch.num_rows:
+        return batch
+    columns = {name: batch[name] for name in batch.schema.names}
+    contents = part.contents
+    targets = SoftTargets.from_columns(columns, contents.k, contents.draws, contents.temperatures)
+    kept, columns = keep_positions(targets, columns, part.rules.keep(targets))
+    for temperature, temper in kept.temper.items():
+        for name, values in zip(
+            temper_columns(temperature), (temper.shift, temper.tail), strict=True
+        ):
+            columns[name] = nested(values, kept.num_positions, FLOATS)
+    return pa.RecordBatch.from_pydict(columns)
 
 
 def _positions(batch: pa.RecordBatch) -> int:

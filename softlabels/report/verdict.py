@@ -15,6 +15,8 @@ GAIN_NLL = 0.01
 def run_findings(facts: Facts) -> list[Finding]:
     """All findings of a report's facts, of its tables and of the run, worst first."""
     found = [finding for part in facts["parts"] for finding in table_findings(part)]
+    if facts["plan"] is not None and not facts["plan"]["rows"]:
+        found.append(Finding("no-rows", "warning", "The plan has no rows.", "See its sources."))
     if facts["kind"] == "run":
         found += [made for rule in RULES if (made := rule(facts)) is not None]
     return in_order(found)
@@ -41,21 +43,19 @@ def verdict(facts: Facts, findings: list[Finding]) -> dict[str, Any] | None:
         )
         return _said(None, "Did soft labels help?", [ask, *causes])
     helped, measured = _measured(baseline)
-    unlike = (
-        []
-        if baseline["like_for_like"]
-        else ["The two runs are not like for like: " + "; ".join(baseline["differences"]) + "."]
-    )
+    if not baseline["like_for_like"]:
+        unlike = "The two runs are not like for like: " + "; ".join(baseline["differences"]) + "."
+        return _said(None, "Whether soft labels helped cannot be told", [unlike, measured, *causes])
     if helped is None:
-        return _said(None, "Did soft labels help?", [measured, *unlike, *causes])
+        return _said(None, "Did soft labels help?", [measured, *causes])
     if helped:
         also = [f"More may be had: {cause}" for cause in causes]
-        return _said(True, "What soft labels gained", [measured, *unlike, *also])
+        return _said(True, "What soft labels gained", [measured, *also])
     reasons = causes + hints or [
         "None of the causes that this report knows was found. The difference of two single runs is "
         "also chance: repeat both with three or more seeds before concluding."
     ]
-    return _said(False, "Why soft labels did not help", [measured, *unlike, *reasons])
+    return _said(False, "Why soft labels did not help", [measured, *reasons])
 
 
 def _said(helped: bool | None, title: str, sentences: list[str]) -> dict[str, Any]:
@@ -77,7 +77,8 @@ def _measured(baseline: Facts) -> tuple[bool | None, str]:
     helped = (gain is not None and gain > 2 * error) or (
         nll is not None and nll > GAIN_NLL and (gain is None or gain > -2 * error)
     )
-    return helped, f"Against the baseline, soft labels gave {' and '.join(said)}."
+    gave = "soft labels gave" if baseline["like_for_like"] else "the run has"
+    return helped, f"Against the baseline, {gave} {' and '.join(said)}."
 
 
 def teacher_no_better(facts: Facts) -> Finding | None:
@@ -106,7 +107,9 @@ def too_much_data(facts: Facts) -> Finding | None:
     # A student keeps a part of the gap: of less than two points nothing is left to be seen.
     if not 2 * error < gap < 0.02:
         return None
-    labelled = sum((part.get("teacher") or {}).get("labelled", 0) for part in facts["parts"])
+    # Another teacher of an ensemble speaks of the same rows.
+    own = [part.get("teacher") or {} for part in facts["parts"] if not part["further"]]
+    labelled = sum(teacher.get("labelled", 0) for teacher in own)
     return Finding(
         "too-much-data",
         "warning",
@@ -120,8 +123,10 @@ def too_much_data(facts: Facts) -> Finding | None:
 
 def memorised(facts: Facts) -> Finding | None:
     """A teacher that was trained on the very rows it labels."""
-    there = [judge["teacher"] for judge in facts["judges"] if judge["teacher"]]
-    here = [part["teacher"] for part in facts["parts"] if part.get("teacher")]
+    there = _unchosen(facts)
+    # Of whole versions: rows to learn from may be those in which the teacher is right.
+    looked = [part if part["version"] is None else part["version"] for part in facts["parts"]]
+    here = [part["teacher"] for part in looked if part.get("teacher")]
     if not there or not here or any(t["fit"] is None for t in (*here, *there)):
         return None
     known, new = _pooled(here), _pooled(there)
@@ -150,14 +155,15 @@ def wrong_temperature(facts: Facts) -> Finding | None:
         if not entropy:
             continue
         at = {t["temperature"]: t["mean"] for t in entropy["tempered"]} | {1.0: entropy["mean"]}
-        share = at.get(temperature, 0.0) / entropy["most"]
+        taken = temperature * part["temperature"]
+        share = at.get(taken, 0.0) / entropy["most"]
         # Nine tenths of an even distribution: what is told apart is mostly rounding.
         if temperature > 1 and share > 0.9:
             return Finding(
                 "wrong-temperature",
                 "warning",
                 f"At the run's temperature {temperature:g} the targets' entropy is "
-                f"{at[temperature]:.2f} nats of at most {entropy['most']:.2f}: they are nearly "
+                f"{at[taken]:.2f} nats of at most {entropy['most']:.2f}: they are nearly "
                 f"even (at temperature 1: {entropy['mean']:.2f}).",
                 "Train at a lower temperature: 1 or 2.",
                 part["name"],
@@ -262,8 +268,9 @@ def unlike_baseline(facts: Facts) -> Finding | None:
 
 def _gap(facts: Facts) -> tuple[float, float, float, float] | None:
     """Teacher's and baseline's accuracy on the evaluation rows, difference and standard error."""
-    there = [judge["teacher"] for judge in facts["judges"] if judge["teacher"]]
-    if facts["baseline"] is None or not there:
+    there = _unchosen(facts)
+    # What an ensemble gets right is more than what each of its teachers does.
+    if facts["baseline"] is None or not there or any(j["further"] for j in facts["judges"]):
         return None
     student = facts["baseline"]["evaluation"]
     if student is None or student["accuracy"] is None:
@@ -271,6 +278,11 @@ def _gap(facts: Facts) -> tuple[float, float, float, float] | None:
     teacher, error = _pooled(there)
     gap = teacher - student["accuracy"]
     return teacher, student["accuracy"], gap, float((error**2 + student["accuracy_se"] ** 2) ** 0.5)
+
+
+def _unchosen(facts: Facts) -> list[Facts]:
+    """The teachers' figures on evaluation rows that were not chosen by what a teacher says."""
+    return [j["teacher"] for j in facts["judges"] if j["teacher"] and not j["chosen"]]
 
 
 def _pooled(found: list[Facts]) -> tuple[float, float]:

@@ -279,11 +279,15 @@ class _Statistics:
         self._least: dict[str, Any] = {}
         self._greatest: dict[str, Any] = {}
         self._nulls = {name: 0 for name in STATISTICS if name in schema.names}
+        self._unbounded: set[str] = set()
 
     def add(self, batch: pa.RecordBatch) -> None:
         for name in self._nulls:
             column = batch[name]
             self._nulls[name] += column.null_count
+            # min_max passes over NaN, which engines take to be above all numbers.
+            if pa.types.is_floating(column.type) and pc.any(pc.is_nan(column)).as_py():
+                self._unbounded.add(name)
             bounds = pc.min_max(column).as_py()
             if bounds["min"] is not None:
                 self._least[name] = min(self._least.get(name, bounds["min"]), bounds["min"])
@@ -292,10 +296,13 @@ class _Statistics:
     def result(self, num_rows: int) -> dict[str, Any]:
         return {
             "numRecords": num_rows,
-            "minValues": self._least,
-            "maxValues": self._greatest,
+            "minValues": self._bounded(self._least),
+            "maxValues": self._bounded(self._greatest),
             "nullCount": self._nulls,
         }
+
+    def _bounded(self, bounds: dict[str, Any]) -> dict[str, Any]:
+        return {name: bound for name, bound in bounds.items() if name not in self._unbounded}
 
 
 def statistics_of(file: pq.ParquetFile, name: str) -> dict[str, Any]:

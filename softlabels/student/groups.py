@@ -1,5 +1,7 @@
 """Which entries of a plan read the same row group, and which of its rows they take together."""
 
+import threading
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,9 @@ from softlabels.plan import Plan
 from softlabels.targets import to_numpy
 
 Ints = npt.NDArray[np.int32]
+
+MOST_HELD = 16_000_000
+"""Rows of row groups, 4 bytes each, of which it is held which ones are taken."""
 
 
 class Groups:
@@ -28,6 +33,9 @@ class Groups:
         self._order = np.argsort(self._groups, kind="stable")
         numbers = np.arange(len(self._groups) + 1)
         self._starts = np.searchsorted(self._groups[self._order], numbers)
+        self._unions: OrderedDict[int, Ints | None] = OrderedDict()
+        self._held = 0
+        self._lock = threading.Lock()
 
     def of(self, entry: int) -> int:
         """The row group that an entry reads."""
@@ -75,11 +83,28 @@ class Groups:
         rows = self._rows(entry)
         if rows is None:
             return None
-        others = [self._rows(other) for other in self._entries_of(self.of(entry))]
-        if any(other is None for other in others):
+        union = self._union_of(self.of(entry))
+        if union is None:
             return rows.astype(np.int64)
-        union = _union([other for other in others if other is not None])
         return None if np.array_equal(rows, union) else np.searchsorted(union, rows)
+
+    def _union_of(self, group: int) -> Ints | None:
+        """What `taken` gives, unchecked: the last ones are held, for it costs all entries' rows."""
+        with self._lock:
+            if group in self._unions:
+                self._unions.move_to_end(group)
+                return self._unions[group]
+        parts = [self._rows(entry) for entry in self._entries_of(group)]
+        listed = [rows for rows in parts if rows is not None]
+        union = _union(listed) if len(listed) == len(parts) else None
+        with self._lock:
+            if group not in self._unions:
+                self._unions[group] = union
+                self._held += 0 if union is None else len(union)
+            while self._held > MOST_HELD:
+                gone = self._unions.popitem(last=False)[1]
+                self._held -= 0 if gone is None else len(gone)
+        return union
 
     def _entries_of(self, group: int) -> npt.NDArray[np.int64]:
         return self._order[self._starts[group] : self._starts[group + 1]]

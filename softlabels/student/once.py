@@ -2,12 +2,20 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from softlabels.errors import MismatchError
-from softlabels.plan import Plan, entries_table
+from softlabels.plan import ENTRIES, Plan, join_entries
+from softlabels.plan_entries import MEMBER, MEMBERS, num_members, one_array, to_ints
 from softlabels.student.members import slot_plan
 from softlabels.student.stream import Batch, Stream
+from softlabels.targets import to_numpy
+
+Mask = npt.NDArray[np.bool_]
 
 
 def each_row_once(
@@ -35,48 +43,138 @@ def each_row_once(
             f"{other!r} and {name!r} are one table version under different {differ} "
             f"({mine} and {theirs}): evaluate on a plan of one"
         )
-    rows = _distinct(plan) if plan.num_members == 1 else _first_taken(plan)
-    once = dataclasses.replace(plan, entries=entries_table(rows))
+    once = dataclasses.replace(plan, entries=rows_once(plan.entries))
     stream = Stream(
         once, batch_size=batch_size, epochs=1, shuffle=False, columns=tuple(columns), roots=roots
     )
     return iter(stream)
 
 
-def _distinct(plan: Plan) -> list[dict[str, Any]]:
-    merged: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for entry in plan.entries.to_pylist():
-        key = (entry["table"], entry["file"], entry["row_group"])
-        held = merged.setdefault(key, entry | {"repeats": 1})
-        if held["rows"] is None or entry["rows"] is None:
-            whole = held if held["rows"] is None else entry
-            held |= {"rows": None, "num_rows": whole["num_rows"]}
-        else:
-            rows = sorted({*held["rows"], *entry["rows"]})
-            held |= {"rows": rows, "num_rows": len(rows)}
-    return list(merged.values())
+def rows_once(entries: pa.Table) -> pa.Table:
+    """Entries in which each row of a row group comes in one place.
+
+    Without ensembles, a row group is read once, where it first comes. In a plan with ensembles each
+    row is left in the first entry that takes it, with the teachers it has there.
+
+    Args:
+        entries: of ENTRIES or ENSEMBLE_ENTRIES; the result is of the same.
+    """
+    entries = entries.combine_chunks()
+    groups, counts = _row_groups(entries), to_ints(entries["num_rows"])
+    rows = _Lists.of(entries["rows"], counts)
+    keys = np.repeat(groups << 32, counts)
+    keys += rows.values
+    # A stable sort: of equal rows the one of the first entry comes first.
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    first = np.ones(len(keys), np.bool_)
+    np.not_equal(keys[1:], keys[:-1], out=first[1:])
+    if num_members(entries) == 1:
+        whole = np.zeros(groups.max(initial=-1) + 1, np.bool_)
+        whole[groups[rows.null]] = True
+        # In the order of row groups, whose numbers rise as they first come.
+        sizes = np.bincount(keys[first] >> 32, minlength=len(whole))
+        kept = _Lists(rows.values[order[first]], sizes, whole)
+        used = np.sort(np.unique(groups, return_index=True)[1])[sizes > 0]
+        members = None
+    else:
+        del keys
+        keep = np.zeros(len(order), np.bool_)
+        keep[order[first]] = True
+        del order, first
+        kept = rows.filtered(keep)
+        used = np.flatnonzero(kept.counts)
+        members = _members_once(entries, keep, counts)
+    taken = entries.take(pa.array(used))
+    columns = {name: taken[name] for name in taken.schema.names} | {
+        "num_rows": pa.array(kept.counts[kept.counts > 0].astype(np.int32)),
+        "rows": kept.array().filter(pa.array(kept.counts > 0)),
+        "repeats": pa.array(np.ones(len(used), np.int32)),
+    }
+    if members is not None:
+        columns[MEMBERS.name] = members.take(pa.array(used))
+    shaped = [columns[name] for name in entries.schema.names]
+    return join_entries([pa.table(shaped, schema=entries.schema)])
 
 
-def _first_taken(plan: Plan) -> list[dict[str, Any]]:
-    """The entries with each row in the first alone, with its members."""
-    seen: dict[tuple[str, str, int], set[int]] = {}
-    found = []
-    for entry in plan.entries.to_pylist():
-        before = seen.setdefault((entry["table"], entry["file"], entry["row_group"]), set())
-        rows = range(entry["num_rows"]) if entry["rows"] is None else entry["rows"]
-        new = [place for place, row in enumerate(rows) if row not in before]
-        before.update(rows)
-        if not new:
-            continue
-        kept = entry | {"repeats": 1}
-        if len(new) < len(rows):
-            kept |= {"rows": [rows[place] for place in new], "num_rows": len(new)}
-            kept["members"] = entry["members"] and [_picked(m, new) for m in entry["members"]]
-        found.append(kept)
-    return found
+@dataclasses.dataclass(frozen=True)
+class _Lists:
+    """Row numbers of entries or members: `values` [R] of `counts` [E] each; null: all, in order."""
+
+    values: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int64]
+    null: Mask
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray | pa.Array, counts: npt.NDArray[np.int64]) -> "_Lists":
+        """Those of a column of lists; of a null one the numbers from 0 stand for it."""
+        array = one_array(column)
+        null = to_ints(array.is_null()) != 0
+        ends = np.cumsum(counts)
+        values = (np.arange(int(counts.sum())) - np.repeat(ends - counts, counts)).astype(np.int32)
+        values[~np.repeat(null, counts)] = to_numpy(array.flatten(), np.int32)
+        return cls(values, counts, null)
+
+    def filtered(self, keep: Mask) -> "_Lists":
+        """Of the values those of `keep` [R]; what is left whole stays null."""
+        left = _counts(keep, self.counts)
+        return _Lists(self.values[keep], left, self.null & (left == self.counts))
+
+    def array(self) -> pa.ListArray:
+        """As a column of lists."""
+        listed = self.values[~np.repeat(self.null, self.counts)]
+        kind = ENTRIES.field("rows").type
+        offsets = _offsets(np.where(self.null, 0, self.counts))
+        return pa.ListArray.from_arrays(
+            offsets, pa.array(listed), type=kind, mask=pa.array(self.null)
+        )
 
 
-def _picked(member: dict[str, Any], places: Sequence[int]) -> dict[str, Any]:
-    own, weights = member["rows"], member["weights"]
-    rows = [place if own is None else own[place] for place in places]
-    return member | {"rows": rows, "weights": [weights[place] for place in places]}
+def _members_once(entries: pa.Table, keep: Mask, counts: npt.NDArray[np.int64]) -> pa.Array:
+    """The members of all entries, of whose rows `keep` [R] says which are left."""
+    column = one_array(entries[MEMBERS.name])
+    several = to_ints(pc.fill_null(pc.list_value_length(column), 0))
+    each, of = column.flatten(), np.repeat(np.arange(len(several)), several)
+    sizes = counts[of]  # a member has its entry's rows
+    starts = (np.cumsum(counts) - counts)[of]
+    places = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes - starts, sizes)
+    left = keep[places]
+    del places
+    rows = _Lists.of(each.field("rows"), sizes).filtered(left)
+    weights = to_numpy(each.field("weights").flatten(), np.float32)[left]
+    columns = {name: each.field(name) for name in ("table", "file", "row_group")} | {
+        "rows": rows.array(),
+        "weights": pa.ListArray.from_arrays(
+            _offsets(rows.counts), pa.array(weights), type=MEMBER.field("weights").type
+        ),
+    }
+    structs = pa.StructArray.from_arrays([columns[f.name] for f in MEMBER], fields=list(MEMBER))
+    null = pa.array(to_ints(column.is_null()) != 0)
+    return pa.ListArray.from_arrays(_offsets(several), structs, type=MEMBERS.type, mask=null)
+
+
+def _row_groups(entries: pa.Table) -> npt.NDArray[np.int64]:
+    """The row group that each entry reads, numbered from 0 as they first come."""
+    columns = (
+        to_ints(one_array(entries[n]).dictionary_encode().indices) for n in ("table", "file")
+    )
+    table, file = columns
+    files = np.unique((table << 32) + file, return_inverse=True)[1]
+    keys = (files.astype(np.int64) << 32) + to_ints(entries["row_group"])
+    _, first, codes = np.unique(keys, return_index=True, return_inverse=True)
+    ranks = np.empty(len(first), np.int64)
+    ranks[np.argsort(first)] = np.arange(len(first))
+    return np.asarray(ranks[codes])
+
+
+def _counts(keep: Mask, counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How many are kept of each list."""
+    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(keep)])
+    ends = np.cumsum(counts)
+    return np.asarray(sums[ends] - sums[ends - counts])
+
+
+def _offsets(counts: npt.NDArray[np.int64]) -> pa.Array:
+    offsets = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    return pa.array(offsets)

@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -194,3 +196,46 @@ def test_teachers_that_do_not_fit_are_wrong_use(
         assert part in found
         assert not path.exists()
         assert tags.tag_names(table.root) == []
+
+
+ESCAPE = "\x1b]0;title\x07\x1b[31mred\u202e"
+
+
+def test_what_a_strangers_plan_says_cannot_steer_a_terminal(
+    run: Runner, table: Table, tmp_path: Path
+) -> None:
+    recipe = written(tmp_path, {"sources": {"a": {"table": table.root.uri, "where": "label < 5"}}})
+    path, other = tmp_path / "p.parquet", tmp_path / "q.parquet"
+    assert run("mix", recipe, "-o", path, "--no-pin").returncode == 0
+    plan = Plan.read(path)
+    (report,) = plan.report
+    hostile = report.model_copy(
+        update={
+            "source": ESCAPE,
+            "dropped": {ESCAPE: 1},
+            "chosen": {ESCAPE: 2},
+        }
+    )
+    tables = {"a": plan.tables["a"].model_copy(update={"uri": ESCAPE})}
+    setting = {**plan.recipe, ESCAPE: ESCAPE}
+    replace(plan, tables=tables, recipe=setting, report=(hostile,)).write(other)
+    for arguments in (["show", other], ["diff", path, other]):
+        result = run("plan", *arguments)
+        assert result.returncode == 0
+        assert "\\x1b]0;title\\x07\\x1b[31mred\\u202e" in result.stdout
+        assert not {"\x1b", "\x07", "\u202e"} & set(result.stdout + result.stderr)
+
+
+def test_errors_cannot_steer_a_terminal(run: Runner, table: Table, tmp_path: Path) -> None:
+    recipe = written(tmp_path, {"sources": {"a": {"table": table.root.uri}}})
+    path = tmp_path / "p.parquet"
+    assert run("mix", recipe, "-o", path, "--no-pin").returncode == 0
+    stored = pq.read_table(path)
+    meta = json.loads(stored.schema.metadata[b"softlabels.plan"])
+    meta["report"][0][ESCAPE] = 1
+    text = json.dumps(meta).encode()
+    pq.write_table(stored.replace_schema_metadata({b"softlabels.plan": text}), path)
+    result = run("plan", "show", path)
+    assert result.returncode == 1
+    assert "\\x1b[31mred" in result.stderr
+    assert "\x1b" not in result.stderr

@@ -251,3 +251,28 @@ def test_position_rules_are_refused_on_one_line(run: Runner, table: Table, tmp_p
     nothing = run("mix", write_recipe(tmp_path, table, positions="entropy > 99"), "-o", path)
     assert "positions drops 100" in refused(nothing)
     assert not path.exists()
+
+
+def test_a_plan_that_cannot_be_written_pins_nothing(run: Runner, tmp_path: Path) -> None:
+    table = make_table(tmp_path / "t", rows=20)
+    (tmp_path / "file").write_text("")
+    plan = tmp_path / "file" / "p.parquet"
+    result = run("mix", write_recipe(tmp_path, table), "-o", plan)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert tags.tag_names(table.root) == []
+
+
+def test_a_plan_that_cannot_be_pinned_is_pinned_by_the_same_command(
+    run: Runner, tmp_path: Path
+) -> None:
+    table = make_table(tmp_path / "t", rows=20)
+    recipe, plan = write_recipe(tmp_path, table), tmp_path / "p.parquet"
+    (tmp_path / "t" / tags.FOLDER).parent.mkdir(exist_ok=True)
+    (tmp_path / "t" / tags.FOLDER).write_text("in the way")
+    assert run("mix", recipe, "-o", plan).returncode == 1
+    assert plan.exists()
+    (tmp_path / "t" / tags.FOLDER).unlink()
+    assert run("mix", recipe, "-o", plan).returncode == 0
+    assert len(tags.tag_names(table.root)) == 1

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +9,8 @@ import pytest
 import yaml
 
 from softlabels.cli import main
+from softlabels.query.mix import mix
+from softlabels.query.recipe import Recipe
 from softlabels.student.trainer import train
 from tests.report.planted import label, labels, source, with_labels
 from tests.student.problem import make_problem, run_spec
@@ -94,9 +97,6 @@ def test_json_has_all_facts_and_no_page(
 def test_a_plan_with_its_funnel(
     tmp_path: Path, softlabels: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from softlabels.query.mix import mix
-    from softlabels.query.recipe import Recipe
-
     make_table(tmp_path / "labels", rows=300)
     recipe = tmp_path / "recipe.yaml"
     source_ = {"table": str(tmp_path / "labels"), "where": "label < 5", "loss_weight": 0.5}
@@ -117,6 +117,24 @@ def test_a_plan_with_its_funnel(
     name = next(iter(found["plan"]["tables"]))["table"]
     root = f"{name}={tmp_path / 'away'}"
     assert softlabels(tmp_path / "plan.parquet", "--json", "--root", root).code == 0
+
+
+def test_what_was_not_judged_is_said_and_cannot_steer_a_terminal(
+    tmp_path: Path, softlabels: Run
+) -> None:
+    names = [f"c{n}\x1b[31m" for n in range(10)]
+    some = with_labels(np.where(labels() == 3, 4, labels())).slice(0, 600)
+    table = label(tmp_path, some, classes=names).root.uri
+    ended = softlabels(table, "-o", tmp_path / "page.html")
+    assert "c3\\x1b[31m" in ended.out
+    assert "\x1b" not in ended.out
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"sources": {"s": {"table": table, "where": "label < 5"}}}))
+    mix(Recipe.read(recipe)).write(tmp_path / "plan.parquet")
+    shutil.rmtree(Path(table) / "_delta_log")
+    ended = softlabels(tmp_path / "plan.parquet", "-o", tmp_path / "page.html")
+    assert "not judged: how good the teacher of" in ended.out.splitlines()[-2]
+    assert ended.out.splitlines()[-1].endswith(": 0 errors, 0 warnings, 0 notes")
 
 
 def test_a_run_beside_its_baseline(tmp_path: Path, softlabels: Run) -> None:

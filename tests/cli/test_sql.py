@@ -1,5 +1,6 @@
 """query over several tables and the user's own files, as a user runs it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -75,6 +76,37 @@ def test_arrow_goes_to_files_and_pipes(pair: dict[str, Table], run: Runner, tmp_
     assert pq.read_table(parquet).to_pylist() == wanted.to_pylist()
 
 
+def test_columns_of_one_name_are_all_there(
+    pair: dict[str, Table], run: Runner, tmp_path: Path
+) -> None:
+    sql = "SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS a"
+    for kind in ("json", "csv"):
+        printed = run("query", pair["a"].root.uri, sql, "--format", kind).stdout
+        if kind == "json":
+            assert json.loads(printed) == [{"a": 1, "a_2": 2, "a_1": 3, "a_3": 4}]
+        else:
+            assert printed == "a,a_2,a_1,a_3\n1,2,3,4\n"
+    shown = run("query", pair["a"].root.uri, sql).stdout
+    assert "a_3" in shown
+
+
+def test_sums_are_numbers_in_json(pair: dict[str, Table], run: Runner) -> None:
+    sql = "SELECT sum(label) AS n, 0.25::DECIMAL(9, 2) AS d, [sum(label)] AS l FROM labels"
+    found = json.loads(run("query", pair["a"].root.uri, sql, "--json").stdout)
+    assert found == [{"n": 270, "d": 0.25, "l": [270]}]
+    large = "SELECT 170141183460469231731687303715884105::HUGEINT AS n"
+    found = json.loads(run("query", pair["a"].root.uri, large, "--json").stdout)
+    assert found == [{"n": 170141183460469231731687303715884105}]
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "table"])
+def test_what_no_date_can_be_is_refused(pair: dict[str, Table], run: Runner, kind: str) -> None:
+    sql = "SELECT 'infinity'::TIMESTAMP AS t"
+    line = refused(run("query", pair["a"].root.uri, sql, "--format", kind))
+    assert "a date or time cannot be shown" in line
+    assert "::VARCHAR" in line
+
+
 def test_wrong_use_is_one_line_and_writes_nothing(
     run: Runner, pair: dict[str, Table], tmp_path: Path
 ) -> None:
@@ -82,6 +114,9 @@ def test_wrong_use_is_one_line_and_writes_nothing(
     hostile = 'a"; DROP VIEW labels; --'
     for arguments, words in (
         (["SELECT 1"], "which table?"),
+        ([uri, "SELECT 1", "--json"], "json or, as '.*out.csv' says, csv"),
+        ([uri, "SELECT 1", "--format", "parquet"], "parquet or, as '.*out.csv' says, csv"),
+        ([uri, "SELECT 1", "--json", "--format", "csv"], "csv"),
         ([uri, "SELECT", "1"], "put the query in quotes"),
         ([uri, "SELECT 1", "--table", "a"], "--table 'a': expected NAME=VALUE"),
         ([uri, "SELECT 1", "--table", f"={uri}"], "expected NAME=VALUE"),

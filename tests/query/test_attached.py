@@ -134,6 +134,55 @@ def test_what_is_no_named_file_is_refused(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("m.csv", "example_id,v\nx1,2\nx2,3,9\nx3,4\n", "as many as in line 1"),
+        ("m.csv", "example_id,v\nx1,2\nx2\nx3,4\n", "as many as in line 1"),
+        ("m.csv", "A title\nexample_id,v\nx1,2\nx2,3\n", "as many as in line 1"),
+        ("m.csv", "example_id;v\nx1;2\n", "one column, 'example_id;v': expected .* by ','"),
+        ("m.tsv", "example_id,v\nx1,2\n", "one column, 'example_id,v'"),
+        ("m.csv", "", "line 1 must name the columns, found \\[\\]"),
+        ("m.csv", "\nexample_id,v\nx1,2\n", "line 1 must name the columns"),
+    ],
+)
+def test_rows_that_are_not_as_line_1_says_are_refused(
+    table: Table, tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadInputError, match=f"file 'm': .*{words}") as caught:
+        query(table, "SELECT count(*) FROM m", {"m": tmp_path / name})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("example_id,v\n# x,1\n# y,2\nz,3\n", [("# x", 1), ("# y", 2), ("z", 3)]),
+        ('example_id,v\n"a,""b""\nc",1\n', [('a,"b"\nc', 1)]),
+        ("\ufeffexample_id, v\r\nx,1\r\n", [("x", 1)]),
+        ("example_id,v\nx;y|z,1\n", [("x;y|z", 1)]),
+        ("example_id,v\n1,2\n3,4\n", [("1", 2), ("3", 4)]),
+        ("example_id,v,v,\na,1,2,3\n", [("a", 1, 2, 3)]),
+        ("v,example_id\n", []),
+    ],
+)
+def test_every_line_after_the_first_is_a_row(
+    table: Table, tmp_path: Path, text: str, rows: list[tuple[object, ...]]
+) -> None:
+    (tmp_path / "m.csv").write_text(text, encoding="utf-8", newline="")
+    found = query(table, "SELECT * FROM m", {"m": tmp_path / "m.csv"})
+    assert [tuple(row.values()) for row in found.to_pylist()] == rows
+
+
+def test_a_row_far_down_is_not_lost(table: Table, tmp_path: Path) -> None:
+    lines = [f"x{i},{i}" for i in range(30_000)]
+    (tmp_path / "m.csv").write_text("\n".join(["example_id,v", *lines, "y,1,2"]) + "\n")
+    with pytest.raises(BadInputError, match="Expected Number of Columns: 2 Found: 3"):
+        query(table, "SELECT sum(v) FROM m", {"m": tmp_path / "m.csv"})
+
+
 def test_names_are_quoted(table: Table, tmp_path: Path) -> None:
     path = write(tmp_path / "m.csv")
     name = 'x" AS SELECT 1; DROP VIEW labels; --'

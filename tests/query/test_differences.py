@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
+from softlabels.plan import Plan, entries_table
 from softlabels.query.differences import plan_diff
 from softlabels.store.table import Table
 from tests.query.test_mix import make
@@ -114,3 +116,54 @@ def test_weights_of_teachers_are_told(table: Table, tmp_path: Path) -> None:
     # A weight of 1 is the default: one side does not name it.
     assert found["recipe"] == [{"setting": "sources.a.ensemble.y.weight", "a": None, "b": 2.0}]
     assert found["read"] == {"same": 600, "other": 0, "a": 0, "b": 0}
+
+
+def test_plans_of_billions_of_rows_are_compared_in_no_memory(table: Table) -> None:
+    plan = make({"sources": {"a": {"table": table.root.uri}}})
+    one = plan.entries.to_pylist()[0] | {"num_rows": 2**31 - 1}
+    some = one | {"rows": [5, 6, 2**31 - 2], "num_rows": 3}
+
+    def of(*entries: dict[str, Any]) -> Plan:
+        return replace(plan, entries=entries_table(entries))
+
+    most = 2**31 - 1
+    assert plan_diff(of(one), of(some))["read"] == {"same": 3, "other": 0, "a": most - 3, "b": 0}
+    twice = of(one, some | {"rows": [6, 0], "num_rows": 2, "repeats": 4})
+    assert plan_diff(of(one), twice)["read"] == {"same": most - 2, "other": 2, "a": 0, "b": 0}
+    assert plan_diff(of(some), of())["read"] == {"same": 0, "other": 0, "a": 3, "b": 0}
+
+
+def test_reads_are_counted_as_one_by_one(table: Table) -> None:
+    plan = make({"sources": {"a": {"table": table.root.uri}}})
+    random = np.random.default_rng(0)
+    (first, *_), counts = plan.entries.to_pylist(), []
+    plans = []
+    for _ in range(2):
+        count, entries = np.zeros(40, int), []
+        for _ in range(6):
+            rows = np.sort(random.permutation(40)[: random.integers(1, 30)])
+            repeats = int(random.integers(1, 3))
+            count[rows] += repeats
+            listed = {"rows": rows.tolist(), "num_rows": len(rows), "repeats": repeats}
+            entries.append(first | listed)
+        counts.append(count)
+        plans.append(replace(plan, entries=entries_table(entries)))
+    a, b = counts
+    assert plan_diff(*plans)["read"] == {
+        "same": int(((a == b) & (a > 0)).sum()),
+        "other": int(((a != b) & (a > 0) & (b > 0)).sum()),
+        "a": int(((a > 0) & (b == 0)).sum()),
+        "b": int(((b > 0) & (a == 0)).sum()),
+    }
+
+
+@pytest.mark.parametrize(
+    "names", [[[1]], [{"x": 1}], [1], ["a", "a"], [None]], ids=lambda names: str(names)
+)
+def test_names_in_a_strangers_recipe_need_not_be_names(table: Table, names: list[Any]) -> None:
+    plan = make({"sources": {"a": {"table": table.root.uri}}})
+    other = replace(
+        plan, recipe={"seed": 1, "sources": [{"name": name, "limit": 1} for name in names]}
+    )
+    for found in (plan_diff(plan, other), plan_diff(other, plan)):
+        assert [change["setting"] for change in found["recipe"]] == ["seed", "sources"]

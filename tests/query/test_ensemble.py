@@ -245,6 +245,25 @@ def test_rows_without_a_label_have_the_plain_weight(tmp_path: Path) -> None:
     assert aligned.weights[0, 13] == pytest.approx(0.9)
 
 
+def test_entries_below_64_rows_are_advised_against_where_orders_differ(tmp_path: Path) -> None:
+    first = make_table(tmp_path / "a", 600, shard_rows=300, row_group_rows=300)
+    rng = np.random.default_rng(0)
+    other = make_table(tmp_path / "p", 600, seed=1)
+    shuffled = reordered(other, tmp_path / "b", rng.permutation(600), shard_rows=100)
+    both = {"a": first, "b": shuffled}
+    aligned = align(both, members(a={}, b={}))
+    plan = make_plan(both, aligned, [Part(aligned.first, 1)])
+    assert 8 < 600 / plan.entries.num_rows < 64
+    assert f"600 rows are {plan.entries.num_rows} entries" in (advice(plan.entries) or "")
+    # Of small row groups in one order nothing is to be said.
+    small = make_table(tmp_path / "s", 600, row_group_rows=5)
+    alike = {"a": small, "b": make_table(tmp_path / "t", 600, seed=1, row_group_rows=5)}
+    aligned = align(alike, members(a={}, b={}))
+    plan = make_plan(alike, aligned, [Part(aligned.first, 1)])
+    assert plan.entries.num_rows == 120
+    assert advice(plan.entries) is None
+
+
 def test_small_entries_are_advised_against(tables: dict[str, Table]) -> None:
     aligned = align(tables, members(a={}, b={}, c={}))
     plan = make_plan(tables, aligned, [Part(aligned.first, 1)])
@@ -271,6 +290,12 @@ def test_small_entries_are_advised_against(tables: dict[str, Table]) -> None:
             "member 'a': weight 'margn': .*margin",
         ),
         ({"a": {"weight": "example_id"}, "b": {}}, BadInputError, "is VARCHAR: expected a number"),
+        ({"a": {"weight": "max(margin)"}, "b": {}}, BadInputError, "member 'a': weight 'max.*'"),
+        (
+            {"a": {}, "b": {"weight": "INTERVAL 1 DAY"}},
+            BadInputError,
+            "member 'b': weight 'INTERVAL 1 DAY' is INTERVAL: expected a number",
+        ),
         (
             {"a": {}, "b": {"weight": "label - 3"}},
             BadInputError,

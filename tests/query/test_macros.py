@@ -10,6 +10,7 @@ from softlabels.errors import BadInputError
 from softlabels.query.view import query
 from softlabels.store.table import Table
 from tests.query.sequences import IDS, PROBS, far, make_sequences
+from tests.query.tables import reordered
 from tests.tables import dense_logprobs, make_table
 
 CLASSES = 9
@@ -201,3 +202,22 @@ def test_a_macro_reads_only_the_columns_it_needs(pair: dict[str, Table]) -> None
 def test_what_is_no_row_is_said(pair: dict[str, Table], sql: str) -> None:
     with pytest.raises(BadInputError, match="take rows: the name or alias of `labels`"):
         query(pair["a"], sql)
+
+
+def test_a_tail_that_is_no_number_is_not_known(tmp_path: Path) -> None:
+    plain = make_table(tmp_path / "p", rows=10, k=3, classes=CLASSES)
+
+    def unknown(batch: pa.RecordBatch) -> pa.RecordBatch:
+        place = batch.schema.get_field_index("tail_logprob")
+        field = batch.schema.field(place)
+        return batch.set_column(place, field, pa.array([[float("nan")]] * 10, field.type))
+
+    table = reordered(plain, tmp_path / "t", np.arange(10), change=unknown)
+    for relation in ("labels", "positions"):
+        sql = (
+            f"SELECT kl(a, b) AS kl, kl(b, a) AS lk, margin(a) AS margin, prob_of(a, a.top1_id) "
+            f"AS top {BOTH.format(relation)}"
+        )
+        rows = query({"a": table, "b": plain}, sql).to_pylist()
+        assert [(row["kl"], row["lk"]) for row in rows] == [(None, None)] * 10
+        assert all(0 <= row["margin"] <= row["top"] <= 1 for row in rows)

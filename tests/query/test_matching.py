@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from softlabels.errors import BadInputError, DataError, MismatchError
-from softlabels.query.matching import check_number, example_of, match
+from softlabels.query.matching import example_of, match
 from softlabels.store.table import Table
 from tests.query.tables import reordered
 from tests.sequences import make_uneven
@@ -129,8 +129,6 @@ def test_bad_expressions_are_refused_in_one_line(
     with pytest.raises(BadInputError, match=message) as caught:
         match(tables, None, {"b": [expression]})
     assert "\n" not in str(caught.value)
-    with pytest.raises(BadInputError):
-        check_number(expression, tables["b"])
 
 
 def test_sequences_that_differ_are_refused_with_both_values(tmp_path: Path) -> None:

@@ -295,14 +295,41 @@ def test_a_signal_ends_it_between_chunks(
 def test_a_place_that_holds_something_else_is_refused(folder: Path, tmp_path: Path) -> None:
     both = spec(folder, a={}, b={})
     make(both, tmp_path / "t")
-    with pytest.raises(MismatchError, match="teacher differs"):
+    with pytest.raises(MismatchError, match="holds rows of run"):
         materialise(spec(folder, a={}, b={"weight": 2}), str(tmp_path / "t"))
-    with pytest.raises(MismatchError, match="profile differs"):
+    with pytest.raises(MismatchError, match="holds rows of run"):
         materialise(spec(folder, "compact", a={}, b={}), str(tmp_path / "t"))
-    with pytest.raises(MismatchError, match="teacher differs"):
+    with pytest.raises(MismatchError, match="holds rows of run"):
         materialise(both, str(folder / "a"))
     with pytest.raises(BadInputError, match="expected a table, not one version"):
         materialise(both, str(tmp_path / "t@1"))
+
+
+def test_the_table_of_another_ensemble_is_named(folder: Path, tmp_path: Path) -> None:
+    first, table = make(spec(folder, a={}, b={}), tmp_path / "t")
+    second = spec(folder, a={"weight": 2}, b={})
+    with pytest.raises(MismatchError, match=r"holds rows of run .*: use another table") as caught:
+        materialise(second, str(tmp_path / "t"))
+    assert first.run_id[:16] in str(caught.value)
+    assert Table.open(str(tmp_path / "t")).version == table.version
+
+
+def test_units_that_another_run_committed_are_not_counted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _small_units(monkeypatch)
+    both = spec(folder, a={}, b={})
+    raced: list[Materialised] = []
+
+    def race(rows: int, total: int) -> None:
+        if not raced:
+            raced.append(Materialised("", None, ""))
+            raced[0] = make(both, tmp_path / "t")[0]
+
+    report, table = make(both, tmp_path / "t", watching=Watching(written=race))
+    assert (raced[0].rows, raced[0].committed) == (60, 3)
+    assert (report.rows, report.committed, report.already) == (0, 0, 60)
+    assert table.num_rows == 60
 
 
 def test_a_dry_run_writes_nothing(folder: Path, tmp_path: Path) -> None:

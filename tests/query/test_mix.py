@@ -13,6 +13,7 @@ import pytest
 
 from softlabels.errors import BadInputError, IntegrityError, MismatchError
 from softlabels.plan import Plan
+from softlabels.plan_checks import MOST_READINGS
 from softlabels.query import view
 from softlabels.query.mix import mix, pin
 from softlabels.query.recipe import Recipe, Source
@@ -244,7 +245,7 @@ def test_the_fingerprint_is_the_same_for_any_number_of_threads(
     found = set()
     for threads in (1, 2, 5):
         settings = {"threads": threads, "preserve_insertion_order": threads == 1}
-        monkeypatch.setattr(view, "_CONFIG", view._CONFIG | settings)
+        monkeypatch.setattr(view, "CONFIG", view.CONFIG | settings)
         found.add(one(table, where="entropy > 0.7", repeats=1.3).fingerprint)
     assert len(found) == 1
 
@@ -350,3 +351,14 @@ def test_the_same_labels_captured_again_give_the_same_plan(tmp_path: Path) -> No
     assert mix(Recipe(sources={"all": Source(table=other.root.uri)})).fingerprint not in {
         plan.fingerprint for plan in plans
     }
+
+
+def test_more_readings_than_can_be_put_in_order_are_refused(table: Table, tmp_path: Path) -> None:
+    sources = {"a": {"table": table.root.uri, "limit": 1, "weight": 1}}
+    plan = make({"rows": MOST_READINGS, "sources": sources})
+    assert plan.entries["repeats"].to_pylist() == [MOST_READINGS]
+    plan.write(tmp_path / "p")
+    assert Plan.read(tmp_path / "p").num_rows == MOST_READINGS
+    with pytest.raises(BadInputError, match=f"reads entries {MOST_READINGS + 1} times") as caught:
+        make({"rows": MOST_READINGS + 1, "sources": sources})
+    assert "\n" not in str(caught.value)

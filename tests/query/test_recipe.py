@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -102,3 +103,78 @@ def test_what_cannot_be_meant_is_one_line(tmp_path: Path, value: Any, message: s
 def test_a_missing_recipe_is_said(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="no file"):
         Recipe.read(tmp_path / "none.yaml")
+
+
+def placed(key: str, value: Any) -> dict[str, Any]:
+    """A recipe that has `value` at a dotted key, and else what makes it a recipe."""
+    source: dict[str, Any] = {"table": "t@v1"}
+    recipe: dict[str, Any] = {"sources": {"a": source}}
+    if key in ("seed", "rows"):
+        if key == "rows":
+            source["weight"] = 1
+        return recipe | {key: value}
+    if key.startswith("member."):
+        member = {"table": "u", key.removeprefix("member."): value}
+        if key == "member.by_class":
+            member = {"table": "u", "by_class": {"shirt": value}}
+        return {"sources": {"a": {"ensemble": {"x": "t@v1", "y": member}}}}
+    inner = {
+        "split.holdout": {"split": {"take": "train", "holdout": value}},
+        "split.seed": {"split": {"take": "train", "holdout": 0.5, "seed": value}},
+        "limit.each": {"limit": {"each": value, "by": "label"}},
+        "balance.temperature": {"balance": {"by": "label", "temperature": value}},
+        "positions.top": {"positions": {"top": value, "by": "entropy"}},
+        "positions.weight": {"positions": {"weights": [{"where": "entropy > 1", "weight": value}]}},
+    }
+    return recipe | {"sources": {"a": source | inner.get(key, {key: value})}}
+
+
+FRACTIONS = ["fraction", "split.holdout", "positions.top"]
+REALS = ["weight", "repeats", "loss_weight", "member.by_class", "member.temperature"]
+REALS += ["balance.temperature", "positions.weight", "member.weight"]
+WHOLE = ["seed", "rows", "limit", "limit.each", "split.seed", "stage"]
+
+
+@pytest.mark.parametrize("key", FRACTIONS + REALS + WHOLE)
+def test_truth_values_and_quoted_numbers_are_no_numbers(tmp_path: Path, key: str) -> None:
+    sound = 0.5 if key in FRACTIONS else 2
+    assert load(tmp_path, placed(key, sound))
+    found = refusal(tmp_path, placed(key, True))
+    assert "expected a number" in found
+    assert "found True" in found
+    if key not in (*FRACTIONS, "member.temperature"):
+        assert "expected a number" in refusal(tmp_path, placed(key, False))
+    if key != "member.weight":  # there text is SQL
+        found = refusal(tmp_path, placed(key, str(sound)))
+        assert "expected a number" in found
+        assert f"found '{sound}'" in found
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
+    # To YAML 1.1 as PyYAML reads it, 1e-3 without a point is text.
+    recipe = load(tmp_path, "sources: {a: {table: t, loss_weight: 1e-3, fraction: 5E-1}}")
+    source = recipe.sources["a"]
+    assert (source.loss_weight, source.fraction) == (0.001, 0.5)
+
+
+@pytest.mark.parametrize("key", ["loss_weight", "positions.weight"])
+@pytest.mark.parametrize("value", [1e300, 3.5e38, 1e-39, 1e-300, 5e-324, 0, -1.0])
+def test_weights_of_losses_are_those_that_a_float32_holds(
+    tmp_path: Path, key: str, value: float
+) -> None:
+    assert key.rpartition(".")[2] in refusal(tmp_path, placed(key, value))
+
+
+def test_the_smallest_and_largest_loss_weights_are_taken(tmp_path: Path) -> None:
+    limits = np.finfo(np.float32)
+    for value in (float(limits.tiny), float(limits.max)):
+        recipe = load(tmp_path, placed("loss_weight", value))
+        assert np.float32(recipe.sources["a"].loss_weight) == value
+
+
+def test_a_loss_weight_times_a_positions_weight_is_one_too(tmp_path: Path) -> None:
+    for value in (1e-30, 1e30):
+        source = placed("positions.weight", value)["sources"]["a"]
+        assert load(tmp_path, {"sources": {"a": source | {"loss_weight": 1 / value}}})
+        found = refusal(tmp_path, {"sources": {"a": source | {"loss_weight": value}}})
+        assert f"times a position's weight {value!r}" in found

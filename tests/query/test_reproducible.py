@@ -27,7 +27,7 @@ from softlabels.query import view
 from softlabels.query.mix import mix
 from softlabels.query.recipe import Recipe
 threads = int(sys.argv[2])
-view._CONFIG |= {"threads": threads, "preserve_insertion_order": threads == 1}
+view.CONFIG |= {"threads": threads, "preserve_insertion_order": threads == 1}
 print(mix(Recipe.model_validate(json.loads(sys.argv[1]))).fingerprint)
 """
 

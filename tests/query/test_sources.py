@@ -439,3 +439,21 @@ def test_a_read_plan_has_the_same_report(table: Table, other: Table, tmp_path: P
     )
     plan.write(tmp_path / "p")
     assert Plan.read(tmp_path / "p").report == plan.report
+
+
+def test_a_choice_that_decides_nothing_is_refused(table: Table, other: Table) -> None:
+    choose = {"from": {"x": table.root.uri, "y": other.root.uri}, "by": "top1_prob"}
+    for by in ("'nan'::DOUBLE", "nullif(label, label)"):
+        with pytest.raises(BadInputError, match="no value for any example of any teacher"):
+            make({"sources": {"a": {"choose": choose | {"by": by}}}})
+    for agreeing in ("entropy", "label + 1"):
+        with pytest.raises(BadInputError, match=r"agreeing .* expected a column of class ids"):
+            make({"sources": {"a": {"choose": choose | {"agreeing": agreeing}}}})
+
+
+def test_chosen_counts_each_row_once(table: Table, other: Table) -> None:
+    choose = {"from": {"x": table.root.uri, "y": other.root.uri}, "by": "top1_prob"}
+    once = make({"sources": {"a": {"choose": choose}}}).report[0]
+    more = make({"sources": {"a": {"choose": choose, "repeats": 1.5}}}).report[0]
+    assert more.chosen == once.chosen
+    assert sum((once.chosen or {}).values()) == once.kept

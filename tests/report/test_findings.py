@@ -253,7 +253,7 @@ def test_an_id_that_is_there_twice(clean: Table) -> None:
     part = of_table(clean)
     again = Part(
         part.name,
-        part.root,
+        part.shards,
         part.contents,
         [*part.groups[:1], *part.groups],
         3_000,

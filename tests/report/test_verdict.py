@@ -97,7 +97,11 @@ def test_what_is_not_like_for_like_is_said(
     assert any(said in line for line in found["differences"])
     facts = gather(str(folder / "soft"), Options(baseline=str(tmp_path / "b")))
     assert "not-like-for-like" in ids(run_findings(facts))
-    assert said in " ".join(told(facts)["sentences"])
+    words = told(facts)
+    assert said in words["sentences"][0]
+    assert words["helped"] is None
+    assert words["title"] == "Whether soft labels helped cannot be told"
+    assert "soft labels gave" not in " ".join(words["sentences"])
 
 
 def test_another_plan_is_not_like_for_like(tmp_path: Path, folder: Path) -> None:
@@ -158,6 +162,67 @@ def test_a_teacher_that_knew_the_rows(facts: Facts) -> None:
     sound(facts)["judges"][0]["teacher"]["fit"] = fit
     facts["parts"][0]["teacher"] |= {"fit": fit, "accuracy": 0.995}
     assert ids(run_findings(facts)) == ["teacher-memorised"]
+
+
+def test_rows_in_which_a_teacher_is_right_are_not_memorised(facts: Facts) -> None:
+    fit = {"positions": 10_000, "temperature": 1.0, "noise": 0.0, "temperature_gain": 0.0}
+    fit |= {"noise_gain": 0.0}
+    sound(facts)["judges"][0]["teacher"]["fit"] = fit
+    (part,) = facts["parts"]
+    part["version"] = {"rows": 10_000, "looked_at": part["looked_at"]}
+    part["version"]["teacher"] = part["teacher"] | {"fit": fit}
+    part["teacher"] |= {"fit": fit, "accuracy": 0.995}
+    assert run_findings(facts) == []
+    part["version"]["teacher"]["accuracy"] = 0.995
+    assert ids(run_findings(facts)) == ["teacher-memorised"]
+    facts["judges"][0]["chosen"] = True
+    assert run_findings(facts) == []
+
+
+@pytest.mark.parametrize("what", ["chosen", "further"])
+def test_teachers_are_not_compared_on_rows_chosen_for_them(facts: Facts, what: str) -> None:
+    sound(facts)["judges"][0]["teacher"]["accuracy"] = 0.805
+    facts["judges"][0][what] = True
+    assert run_findings(facts) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "chosen"),
+    [
+        ({"where": "top1_id = label"}, True),
+        ({"where": "split = 'test' AND entropy < 1"}, True),
+        ({"limit": {"each": 5, "by": "top1_id"}}, True),
+        ({"choose": {"from": ["a", "b"], "by": "margin"}}, True),
+        ({"where": "split = 'test'", "limit": {"each": 5, "by": "label"}}, False),
+        ({"ensemble": [{"name": "a", "weight": "top1_prob"}]}, False),
+    ],
+    ids=str,
+)
+def test_rows_chosen_for_their_teacher_are_known(
+    tmp_path: Path, source: dict[str, Any], chosen: bool
+) -> None:
+    judge = make_plan(make_table(tmp_path / "t", rows=50), recipe={"sources": [source]})
+    judge.write(tmp_path / "judge.parquet")
+    spec = {"evaluate": {"plan": str(tmp_path / "judge.parquet")}}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/student.json").write_text(json.dumps({"identity": {}, "spec": spec}))
+    assert [j["chosen"] for j in gather(str(tmp_path / "run"))["judges"]] == [chosen]
+
+
+def test_a_plan_without_rows_is_said(tmp_path: Path) -> None:
+    table = make_table(tmp_path / "t", rows=50)
+    make_plan(table, keep=lambda entry, rows: []).write(tmp_path / "p.parquet")
+    assert ids(findings(tmp_path / "p.parquet")) == ["no-rows"]
+
+
+def test_a_plans_own_temperature_counts(facts: Facts) -> None:
+    entropy = {"most": 2.0, "mean": 1.0, "tempered": [{"temperature": 6.0, "mean": 1.9}]}
+    (part,) = sound(facts)["parts"]
+    part |= {"entropy": part["entropy"] | entropy, "temperature": 3.0}
+    facts["run"]["settings"]["temperature"] = 2.0
+    assert ids(run_findings(facts)) == ["wrong-temperature"]
+    part["temperature"] = 1.0
+    assert run_findings(facts) == []
 
 
 def test_a_student_that_only_guesses(facts: Facts) -> None:

@@ -205,6 +205,21 @@ def test_statistics_are_least_and_greatest() -> None:
     assert shard.statistics["numRecords"] == 200
 
 
+def test_a_column_with_nan_has_no_bounds() -> None:
+    _, batch = made_shard()
+    place = batch.schema.get_field_index("entropy")
+    values = [float("nan"), *batch["entropy"].to_pylist()[1:]]
+    column = pa.array(values, pa.float32())
+    writer = shards.ShardWriter(batch.schema, "precise")
+    writer.write(batch)
+    writer.write(batch.set_column(place, batch.schema.field(place), column))
+    writer.write(batch)
+    statistics = writer.close().statistics
+    for bounds in ("minValues", "maxValues"):
+        assert "entropy" not in statistics[bounds]
+        assert "label" in statistics[bounds]
+
+
 def test_bytes_by_column_sum_to_nearly_the_whole_file() -> None:
     shard, _ = made_shard(rows=4000, batch_rows=500, row_group_positions=2000)
     sizes = shards.bytes_by_column(open_shard(shard.data, "s"))
