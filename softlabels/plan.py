@@ -261,8 +261,14 @@ class Plan:
         data = root.read(name)
         try:
             file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+            held = file.schema_arrow.metadata or {}
+            if _META not in held:
+                raise IntegrityError(
+                    f"{os.fspath(path)!r} is no softlabels plan, but another Parquet file: "
+                    "expected what softlabels mix writes"
+                )
             entries = file.read()
-            meta = json.loads((file.schema_arrow.metadata or {})[_META])
+            meta = json.loads(held[_META])
             _require_known(meta, str(path))
             schema = ENSEMBLE_ENTRIES if ENSEMBLE in meta["features"] else ENTRIES
             plan = cls(
