@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 from softlabels.errors import MismatchError
 from softlabels.fingerprint import sha256_json
 
+LABEL_SPACE = ("num_classes", "classes", "tokenizer_sha256", "alignment")
+"""Fields of `Contents` that tables share when their ids mean the same and their positions align."""
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")

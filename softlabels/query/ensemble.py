@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from softlabels.errors import BadInputError, MismatchError
+from softlabels.lineage import LABEL_SPACE
 from softlabels.plan_entries import ENSEMBLE_ENTRIES, MEMBER, MEMBERS
 from softlabels.query.expressions import check_type
 from softlabels.query.matching import ONE_LABEL, Matched, Values, example_of, match
@@ -23,9 +24,6 @@ from softlabels.query.members import Member
 from softlabels.query.selection import Numbers, RowGroups
 from softlabels.query.sql import suggestion
 from softlabels.store.table import Table
-
-ALIKE = ("num_classes", "classes", "tokenizer_sha256", "alignment")
-"""What teachers must have in common for their targets to be of the same classes and positions."""
 
 SEQUENCE_COLUMNS = ("num_positions", "input_ids", "position_index")
 """What must be equal row by row for position j of each teacher to be the same position."""
@@ -155,7 +153,7 @@ def require_alike(tables: Mapping[str, Table], kind: str, why: str) -> None:
     """
     (first, one), *others = tables.items()
     for name, other in others:
-        for part in ALIKE:
+        for part in LABEL_SPACE:
             here, there = getattr(one.contents, part), getattr(other.contents, part)
             if here != there:
                 raise MismatchError(

@@ -1,23 +1,20 @@
 """Position rules at work on the rows that a source takes: thresholds, rows left, counts.
 
 The values are judged by the very code that a student's reader runs, so that no row of a plan is
-left without a position there. They are read with Arrow, a row group at a time: SQL engines unfold
-lists several times slower.
+left without a position there.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from softlabels.errors import BadInputError, IntegrityError
+from softlabels.errors import BadInputError
 from softlabels.query.positions import Positions
-from softlabels.query.selection import Numbers, files_of, row_groups
+from softlabels.query.reading import read_targets
+from softlabels.query.selection import Numbers
 from softlabels.rules import Column, PositionRules, known, per_row, stored_columns, values_of
-from softlabels.store import shards
 from softlabels.store.table import Table
-from softlabels.targets import SoftTargets
 
 _PENDING = 1 << 20
 """Values that are collected before equal ones are joined."""
@@ -60,7 +57,7 @@ def judge(table: Table, positions: Positions, rows: Numbers) -> Judged:
         threshold = positions.threshold(values, counts, total)
     rules = positions.rules(threshold)
     left, total, kept, unknown = [np.zeros(0, np.bool_)], 0, 0, 0
-    for targets in _targets(table, rows, rules.columns):
+    for _, targets in read_targets(table, rows, rules.columns):
         passed = rules.keep(targets)
         left.append(per_row(passed, targets.num_positions) > 0)
         total += len(passed)
@@ -76,7 +73,7 @@ def _distribution(
     values, counts = np.zeros(0, np.float64), np.zeros(0, np.int64)
     pending: list[npt.NDArray[np.float64]] = []
     total = waiting = 0
-    for targets in _targets(table, rows, stored_columns([column])):
+    for _, targets in read_targets(table, rows, stored_columns([column])):
         total += len(targets.ids)
         found = values_of(column, targets)
         if found is None:
@@ -97,26 +94,3 @@ def _counted(
     sums = np.zeros(len(joined), np.int64)
     np.add.at(sums, place, np.concatenate([counts, of_new]))
     return joined, sums
-
-
-def _targets(table: Table, rows: Numbers, columns: tuple[str, ...]) -> Iterator[SoftTargets]:
-    """Of `rows`, rising, some columns, a row group at a time."""
-    groups = row_groups(table, files_of(table, rows))
-    stored = table.contents.k if "topk_ids" in columns else 0
-    path, opened = "", None
-    for file, index, start, size in zip(
-        groups.files, groups.indexes, groups.starts, groups.sizes, strict=True
-    ):
-        first, last = np.searchsorted(rows, (start, start + size))
-        if first == last:
-            continue
-        if opened is None or path != file.path:
-            path, opened = file.path, shards.open_shard(table.root.buffer(file.path), file.path)
-        batch = shards.read_row_groups(opened, path, [index], ["num_positions", *columns])
-        try:
-            values = {name: batch[name] for name in batch.schema.names}
-            targets = SoftTargets.from_columns(values, stored)
-        except IntegrityError as error:
-            raise IntegrityError(f"file {path!r} of {table.root.uri!r}: {error}") from error
-        whole = last - first == size
-        yield targets if whole else targets.take(rows[first:last] - start)

@@ -27,6 +27,14 @@ def read_rows(
     Raises:
         IntegrityError: a file is not as the log says.
     """
+    for _, numbers, batch in _read(table, rows, columns):
+        yield numbers, batch
+
+
+def _read(
+    table: Table, rows: Numbers, columns: Sequence[str]
+) -> Iterator[tuple[str, Numbers, pa.RecordBatch]]:
+    """The same, each with the path of its file."""
     groups = row_groups(table, files_of(table, rows))
     path, opened = "", None
     for file, index, start, size in zip(
@@ -40,7 +48,7 @@ def read_rows(
         batch = shards.read_row_groups(opened, path, [index], list(columns))
         if last - first < size:
             batch = batch.take(pa.array(rows[first:last] - start))
-        yield rows[first:last], batch
+        yield path, rows[first:last], batch
 
 
 def read_targets(
@@ -49,8 +57,12 @@ def read_targets(
     """As `read_rows`, as soft targets; columns that are not asked for are unknown in them."""
     extra = [name for temperature in temperatures for name in temper_columns(temperature)]
     stored = table.contents.k if "topk_ids" in columns else 0
-    for numbers, batch in read_rows(table, rows, ["num_positions", *columns, *extra]):
-        yield numbers, targets_of(table, batch, stored, temperatures)
+    for path, numbers, batch in _read(table, rows, ["num_positions", *columns, *extra]):
+        try:
+            targets = _targets(batch, stored, temperatures)
+        except IntegrityError as error:
+            raise IntegrityError(f"file {path!r} of {table.root.uri!r}: {error}") from error
+        yield numbers, targets
 
 
 def targets_of(
@@ -61,8 +73,14 @@ def targets_of(
     draws: int = 0,
 ) -> SoftTargets:
     """The soft targets of some rows of `table`."""
-    columns = {name: batch[name] for name in batch.schema.names}
     try:
-        return SoftTargets.from_columns(columns, k, draws, temperatures)
+        return _targets(batch, k, temperatures, draws)
     except IntegrityError as error:
         raise IntegrityError(f"table {table.root.uri!r}: {error}") from error
+
+
+def _targets(
+    batch: pa.RecordBatch, k: int, temperatures: Sequence[float], draws: int = 0
+) -> SoftTargets:
+    columns = {name: batch[name] for name in batch.schema.names}
+    return SoftTargets.from_columns(columns, k, draws, temperatures)

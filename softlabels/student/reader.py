@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from softlabels.errors import BadInputError, IntegrityError, MismatchError
-from softlabels.lineage import Contents
+from softlabels.lineage import LABEL_SPACE, Contents
 from softlabels.plan import Plan, PlanTable
 from softlabels.rules import PositionRules
 from softlabels.schema import COLUMNS, temper_columns
@@ -20,9 +20,6 @@ from softlabels.student.rows import Rows
 from softlabels.student.ruled import keep_positions
 from softlabels.student.tempered import at_own, stored_temperature
 from softlabels.targets import SoftTargets
-
-_ONE_SPACE = ("num_classes", "classes", "tokenizer_sha256", "alignment")
-"""What tables must share for their ids to mean the same and their positions to align."""
 
 _TARGETS = (
     "num_positions",
@@ -218,7 +215,7 @@ def check_label_space(tables: Mapping[str, Contents]) -> None:
     """Raises MismatchError unless ids mean the same, and positions align, in all tables."""
     first = next(iter(tables), "")
     for name, contents in tables.items():
-        for field in _ONE_SPACE:
+        for field in LABEL_SPACE:
             mine, other = getattr(tables[first], field), getattr(contents, field)
             if mine != other:
                 raise MismatchError(
