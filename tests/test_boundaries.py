@@ -24,6 +24,7 @@ LAYERS = {
     "softlabels.signals": 1,
     "softlabels.specs": 1,
     "softlabels.imports": 2,
+    "softlabels.noise_model": 2,
     "softlabels.targets": 2,
     "softlabels.lineage": 2,
     "softlabels.rules": 3,

@@ -15,6 +15,7 @@ from functools import cache
 
 import numpy as np
 
+from softlabels.noise_model import best_noise, least_temperature, noisy_nll
 from softlabels.query.fitting import LabelledRows
 from softlabels.query.recipe import Source
 from softlabels.query.selection import select
@@ -29,11 +30,8 @@ LEAST = 50
 
 SMALLEST = 1e-30
 
-_GRID = np.exp(np.linspace(np.log(0.1), np.log(10), 17))
 _STEP = 0.01
 """Of log T, for the curvature of the likelihood."""
-
-_GOLDEN = (np.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -103,12 +101,12 @@ def fit_noise(
 
     def noisy(temperature: float) -> float:
         probs = probs_at(temperature)
-        return _nll(probs, best_noise(probs, classes), classes)
+        return noisy_nll(probs, best_noise(probs, classes), classes)
 
     def clean(temperature: float) -> float:
-        return _nll(probs_at(temperature), 0.0, classes)
+        return noisy_nll(probs_at(temperature), 0.0, classes)
 
-    best = _least if temperatures is None else _best_of(temperatures)
+    best = least_temperature if temperatures is None else _best_of(temperatures)
     temperature, alone = best(noisy), best(clean)
     probs = probs_at(temperature)
     noise = best_noise(probs, classes)
@@ -124,22 +122,9 @@ def fit_noise(
         noise_se=error,
         wrong=noise * share,
         wrong_se=error * share,
-        nll=_nll(probs, noise, classes),
+        nll=noisy_nll(probs, noise, classes),
         nll_clean=clean(alone),
     )
-
-
-def best_noise(probs: Doubles, classes: int) -> float:
-    """ε of the greatest likelihood, 0 to 1, from p_T(label), float64 [N]; it is concave in ε."""
-    away = 1 / classes - probs
-    low, high = 0.0, 1.0
-    if float((away / probs).sum()) <= 0:
-        return 0.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        rising = float((away / (probs + middle * away)).sum()) > 0
-        low, high = (middle, high) if rising else (low, middle)
-    return (low + high) / 2
 
 
 def _some(table: Table, where: str | None) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -152,10 +137,6 @@ def _some(table: Table, where: str | None) -> np.ndarray[tuple[int], np.dtype[np
         return rows
     part = source | {"fraction": most / len(rows)}
     return select(table, Source.model_validate(part), 0, with_keys=False).rows
-
-
-def _nll(probs: Doubles, noise: float, classes: int) -> float:
-    return -float(np.log((1 - noise) * probs + noise / classes).mean())
 
 
 def _standard_error(
@@ -173,7 +154,7 @@ def _standard_error(
     information = float((((1 / classes - probs) / mixed) ** 2).sum())
     if near:
         (down, below), (up, above) = sorted(near.items())
-        sums = [_nll(p, noise, classes) * len(p) for p in (below, probs, above)]
+        sums = [noisy_nll(p, noise, classes) * len(p) for p in (below, probs, above)]
         slopes = [
             -float(((1 / classes - p) / ((1 - noise) * p + noise / classes)).sum())
             for p in (below, above)
@@ -187,22 +168,3 @@ def _standard_error(
 
 def _best_of(stored: tuple[float, ...]) -> Callable[[Callable[[float], float]], float]:
     return lambda loss: min(stored, key=loss)
-
-
-def _least(loss: Callable[[float], float]) -> float:
-    """The temperature of 0.1 to 10 with the least loss: the best of a grid, then golden section."""
-    at = int(np.argmin([loss(float(t)) for t in _GRID]))
-    logs = np.log(_GRID)
-    low, high = float(logs[max(0, at - 1)]), float(logs[min(len(logs) - 1, at + 1)])
-    a, b = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-    at_a, at_b = loss(float(np.exp(a))), loss(float(np.exp(b)))
-    for _ in range(16):
-        if at_a < at_b:
-            high, b, at_b = b, a, at_a
-            a = high - _GOLDEN * (high - low)
-            at_a = loss(float(np.exp(a)))
-        else:
-            low, a, at_a = a, b, at_b
-            b = low + _GOLDEN * (high - low)
-            at_b = loss(float(np.exp(b)))
-    return float(np.exp((low + high) / 2))

@@ -7,16 +7,14 @@ an over-confident teacher errs most where it is unsure.
 N labelled positions, k stored ids, V classes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from softlabels.noise_model import Doubles, best_noise, least_temperature, noisy_nll
 from softlabels.store import codec
 from softlabels.targets import SoftTargets
-
-Doubles = npt.NDArray[np.float64]
 
 MOST_NUMBERS = 2_000_000
 """Probabilities that a fit goes over each time: a fraction of a second."""
@@ -27,8 +25,6 @@ how that mass is spread, which the table does not say."""
 
 SMALLEST = 1e-12
 """Probability that a label has at least: a head of float32 may say that there is no other class."""
-
-_TEMPERATURES = np.exp(np.linspace(np.log(0.1), np.log(10), 17))
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def fit(targets: SoftTargets, num_classes: int) -> Fit | None:
         def loss(temperature: float) -> float:
             return _noise(likelihood(temperature), num_classes)[1 if noisy else 2]
 
-        temperature = _least(loss)
+        temperature = least_temperature(loss)
         noise, with_noise, without = _noise(likelihood(temperature), num_classes)
         return temperature, noise if noisy else 0.0, with_noise if noisy else without
 
@@ -132,36 +128,7 @@ def _parts(
 
 
 def _noise(probs: Doubles, num_classes: int) -> tuple[float, float, float]:
-    """(ε, mean -log p(y) with it, the same without); the mean is convex in ε."""
+    """(ε, mean -log p(y) with it, the same without)."""
     probs = np.maximum(probs, SMALLEST)
-    away = 1 / num_classes - probs
-    low, high = 0.0, 1.0
-    if float((away / probs).mean()) > 0:  # else any noise makes it worse
-        for _ in range(30):
-            middle = (low + high) / 2
-            slope = float((away / (probs + middle * away)).mean())
-            low, high = (middle, high) if slope > 0 else (low, middle)
-    noise = low
-    with_noise = -float(np.log(probs + noise * away).mean())
-    return noise, with_noise, -float(np.log(probs).mean())
-
-
-def _least(loss: Callable[[float], float]) -> float:
-    """The temperature of 0.1 to 10 with the least loss: the best of a grid, then golden section."""
-    values = [loss(float(t)) for t in _TEMPERATURES]
-    at = int(np.argmin(values))
-    logs = np.log(_TEMPERATURES)
-    low, high = float(logs[max(0, at - 1)]), float(logs[min(len(logs) - 1, at + 1)])
-    ratio = (np.sqrt(5) - 1) / 2
-    a, b = high - ratio * (high - low), low + ratio * (high - low)
-    at_a, at_b = loss(float(np.exp(a))), loss(float(np.exp(b)))
-    for _ in range(14):
-        if at_a < at_b:
-            high, b, at_b = b, a, at_a
-            a = high - ratio * (high - low)
-            at_a = loss(float(np.exp(a)))
-        else:
-            low, a, at_a = a, b, at_b
-            b = low + ratio * (high - low)
-            at_b = loss(float(np.exp(b)))
-    return float(np.exp((low + high) / 2))
+    noise = best_noise(probs, num_classes)
+    return noise, noisy_nll(probs, noise, num_classes), noisy_nll(probs, 0.0, num_classes)
