@@ -7,7 +7,7 @@ READY := .venv/.ready
 SMOLLM2 := .venv/.smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-all check fix bench bench-lm stats-lm clean
+.PHONY: help demo demo-lm test test-all faults check fix bench bench-lm stats-lm clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test: $(READY) ## Run the tests (minutes).
 
 test-all: $(READY) ## Run all tests, the long ones too.
 	$(BIN)/python -m pytest -m ''
+
+faults: $(READY) ## Kill, race, flip and cut by the hundred; rewrites the README's table (hours; ONLY=flips: a part).
+	$(BIN)/python -m pipelines.faults $(ONLY)
 
 check: $(READY) ## Lint, check format and types.
 	$(BIN)/ruff check .

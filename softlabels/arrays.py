@@ -40,3 +40,17 @@ def ids_of_rows(values: npt.NDArray[Any] | None, single: bool, rows: int) -> pa.
     if values is None or not single:
         return pa.nulls(rows, pa.int32())
     return pa.array(np.ascontiguousarray(values), pa.int32(), mask=values < 0)
+
+
+def to_numpy(array: pa.Array, kind: type[np.generic]) -> Any:
+    """The values of a primitive Arrow array without nulls, without a copy.
+
+    `Array.to_numpy` would import pandas where it is installed. The array's type must be that of
+    `kind`: its bytes are taken for it.
+    """
+    buffer = array.buffers()[1]
+    if buffer is None or not len(array):
+        return np.zeros(0, kind)
+    return np.frombuffer(
+        buffer, kind, count=len(array), offset=array.offset * np.dtype(kind).itemsize
+    )

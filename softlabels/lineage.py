@@ -239,3 +239,36 @@ class RunLineage(_Frozen):
     device: str
     started_at: str
     seconds: float
+
+
+class ChangeLineage(_Frozen):
+    """What a commit says that no teacher's run made.
+
+    Attributes:
+        operation: which command it was.
+        change_id: sha256 of what makes it this change and no other; it is made once.
+        from_version: the version that it started from.
+        arguments: what the user asked for, such as {"where": "..."}; never credentials.
+        rows_before: rows of `from_version`.
+        rows_after: rows of the version that it makes, where nobody else adds any meanwhile.
+        packages: versions of what did it.
+        code_revision: git commit of the user's working folder, where there is one.
+        started_at: UTC, ISO 8601.
+        seconds: that it took.
+    """
+
+    operation: Literal["delete", "compact", "rollback", "publish"]
+    change_id: str
+    from_version: int
+    arguments: Mapping[str, Any] = {}
+    rows_before: int
+    rows_after: int
+    packages: Mapping[str, str]
+    code_revision: str | None = None
+    started_at: str
+    seconds: float
+
+    @property
+    def key(self) -> str:
+        """Delta app id that makes the change happen once."""
+        return f"{self.change_id}/change"

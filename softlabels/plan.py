@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from softlabels.errors import BadInputError, IntegrityError, one_line
 from softlabels.fingerprint import canonical_json, sha256_json
 from softlabels.lineage import Contents
-from softlabels.plan_checks import check_entries, check_recipe
+from softlabels.parquet import UNREADABLE, Parquet
+from softlabels.plan_checks import check_entries, check_place, check_recipe, is_folder_name
 from softlabels.plan_entries import (
     ENSEMBLE_ENTRIES,
     ENTRIES,
@@ -55,16 +56,8 @@ FEATURES: frozenset[str] = frozenset({POSITIONS, ENSEMBLE})
 """What this release can do beyond the plain plan; a plan that needs more is refused."""
 
 _META = b"softlabels.plan"
-_UNREADABLE = (
-    pa.ArrowException,
-    ArithmeticError,
-    LookupError,
-    OSError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""What damaged bytes, or metadata of the wrong shape, make reading a plan raise."""
+_FOOTER_BYTES = 32 << 20
+"""Of a plan's footer, which lists its files twice: some 50,000 of them."""
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -258,9 +251,13 @@ class Plan:
         root = open_root(folder or ".")
         if not root.exists(name):
             raise BadInputError(f"there is no plan at {os.fspath(path)!r}")
-        data = root.read(name)
+        data = root.buffer(name)
         try:
-            file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+            try:
+                file = Parquet(data, _FOOTER_BYTES, page_checksum_verification=True)
+                file.check(range(file.num_row_groups))
+            except IntegrityError as error:
+                raise ValueError(one_line(error)) from error
             held = file.schema_arrow.metadata or {}
             if _META not in held:
                 raise IntegrityError(
@@ -283,7 +280,7 @@ class Plan:
                 plan._check(meta["fingerprint"])
             except IntegrityError as error:
                 raise IntegrityError(f"plan {os.fspath(path)!r}: {error}") from error
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reason = one_line(error)[:200]
             raise IntegrityError(
                 f"{os.fspath(path)!r} is not a whole softlabels plan: {reason}"
@@ -302,11 +299,12 @@ class Plan:
         table = self.tables[name]
         if overrides and name in overrides:
             return open_root(overrides[name])
+        check_place(name, table.uri)
         root = open_root(table.uri)
         if not root.is_local or not table.files or root.exists(table.files[0].path):
             return root
         for beside in (name, os.path.basename(table.uri)):
-            if self.location is not None:
+            if self.location is not None and is_folder_name(beside):
                 nearby = open_root(f"{self.location}/{beside}")
                 if nearby.exists(table.files[0].path):
                     return nearby
@@ -347,7 +345,13 @@ class Plan:
                     f"table {table.name!r} has {what}, the plan's features are "
                     f"{list(self.features)!r}: it was not made by softlabels"
                 )
-        stored = (1.0, *table.contents.temperatures)
+        contents = table.contents
+        if not (0 <= contents.k <= contents.num_classes < 2**31 and 0 <= contents.draws < 2**20):
+            raise IntegrityError(
+                f"table {table.name!r} has k {contents.k!r}, draws {contents.draws!r} and "
+                f"{contents.num_classes!r} classes: the plan was not made by softlabels"
+            )
+        stored = (1.0, *contents.temperatures)
         if table.temperature not in stored:
             raise IntegrityError(
                 f"table {table.name!r} is read at temperature {table.temperature!r}, it stores "

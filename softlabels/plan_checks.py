@@ -22,6 +22,9 @@ MOST_READINGS = 100_000_000
 MOST_LEVELS = 50
 """Levels of a plan's recipe: recipes have about seven, and what is nested deeper has no use."""
 
+SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf")
+"""Where tables are besides folders. Any other place must be said by whoever reads the plan."""
+
 Mask = npt.NDArray[np.bool_]
 
 
@@ -60,6 +63,24 @@ def too_many_readings(entries: pa.Table) -> str | None:
     if readings <= MOST_READINGS:
         return None
     return f"an epoch reads entries {readings} times, at most {MOST_READINGS} can be put in order"
+
+
+def check_place(name: str, uri: str) -> None:
+    """Raises IntegrityError unless a table's place is a folder or in an object store.
+
+    Opening a URL of another kind, or a chain of them, may be a request to anybody by itself.
+    """
+    scheme, mark, _ = uri.partition("://")
+    if "::" in uri or not (scheme in SCHEMES if mark else uri.startswith("/")):
+        raise IntegrityError(
+            f"the plan says that table {name!r} is at {uri!r}: expected the path of a folder from "
+            f"/ on, or one of {', '.join(SCHEMES)}; where you trust it, say --root {name}=URI"
+        )
+
+
+def is_folder_name(text: str) -> bool:
+    """Whether `text` can only mean a folder beside the plan."""
+    return bool(text) and not text.startswith((".", "~")) and not set(text) & set("/\\:\0")
 
 
 def check_recipe(recipe: Any) -> None:

@@ -12,7 +12,14 @@ from pydantic import BaseModel, BeforeValidator, FiniteFloat, ValidationError
 
 from softlabels.errors import BadInputError, StorageError, one_line
 
-MAX_BYTES = 4 << 20
+MAX_BYTES = 1 << 20
+"""Of a file: a label space of 20,000 names has half of it."""
+
+MAX_NODES = 30_000
+"""Values and keys, which take some 60 microseconds each."""
+
+MAX_DIGITS = 64
+"""Characters of a number. "1:1:1:…" is one in YAML, and a megabyte of it takes a minute."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -72,14 +79,29 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     if file.stat().st_size > MAX_BYTES:
         raise BadInputError(f"{str(path)!r} is larger than {MAX_BYTES} bytes: that is no spec")
     try:
-        value = yaml.load(file.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        value = parse_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise StorageError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadInputError(f"{str(path)!r} is not valid YAML: {one_line(error)}") from error
     if not isinstance(value, dict):
         raise BadInputError(f"{str(path)!r}: expected a mapping of settings, found {value!r:.80}")
     return value
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says, in plain types.
+
+    Raises:
+        ValueError: it is no YAML, too long or too deep, or has aliases, tags of other types, one
+            key twice or numbers of more than MAX_DIGITS characters.
+    """
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"{len(text)} characters, at most {MAX_BYTES} are read")
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(one_line(error)) from error
 
 
 def validate(model: type[Model], data: Any, where: str) -> Model:
@@ -97,11 +119,28 @@ def validate(model: type[Model], data: Any, where: str) -> Model:
 
 
 class _StrictLoader(yaml.SafeLoader):
+    nodes = 0
+
     def compose_node(self, parent: Any, index: Any) -> Any:
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise yaml.YAMLError(f"more than {MAX_NODES} values")
         # A few nested aliases expand to gigabytes; no spec needs them.
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not allowed")
         return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: Any) -> int:
+        self._require_short(node)
+        return int(super().construct_yaml_int(node))
+
+    def construct_yaml_float(self, node: Any) -> float:
+        self._require_short(node)
+        return float(super().construct_yaml_float(node))
+
+    def _require_short(self, node: Any) -> None:
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.YAMLError(f"a number of {len(node.value)} characters")
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen = set()
@@ -115,6 +154,10 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_float)
+
+
 def _apply(data: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     parts = key.split(".")
@@ -126,8 +169,8 @@ def _apply(data: dict[str, Any], change: str) -> None:
             raise BadInputError(f"change {change!r}: {part!r} holds {inner!r}, not settings")
         data = inner
     try:
-        data[parts[-1]] = yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        data[parts[-1]] = parse_yaml(text)
+    except ValueError as error:
         raise BadInputError(f"change {change[:80]!r}: {one_line(error)}") from error
 
 

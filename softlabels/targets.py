@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from softlabels.arrays import ids_of_rows, means, nested
+from softlabels.arrays import to_numpy as to_numpy
 from softlabels.errors import DataError, IntegrityError
 from softlabels.schema import FLOATS, INTS, temper_columns
 
@@ -21,7 +22,7 @@ Floats = npt.NDArray[np.float32]
 MASS_TOLERANCE = 1e-3
 """How far head and tail mass may be from one after rounding (float16 keeps 11 bits)."""
 
-_UNKNOWN = {
+UNKNOWN = {
     "tail": np.nan,
     "entropy": np.nan,
     "label_ids": -1,
@@ -163,10 +164,11 @@ class SoftTargets:
             temperatures: the extra ones to take.
 
         Raises:
-            IntegrityError: a needed column is missing, null in some rows and not in others, or a
-                list is not as long as its row's positions times k (or m).
+            IntegrityError: a needed column is missing, one is of another type, or null in some
+                rows and not in others, or a list is not as long as its row's positions times k
+                (or m).
         """
-        counts = to_numpy(columns["num_positions"], np.int32)
+        counts = _counts(columns["num_positions"])
 
         def flat(
             name: str, kind: type[np.generic], width: int | None = None, needed: bool = False
@@ -328,28 +330,15 @@ def position_name(names: Sequence[str], num_positions: Ints, position: int) -> s
     return f"example {names[row]!r}{where}"
 
 
-def to_numpy(array: pa.Array, kind: type[np.generic]) -> Any:
-    """The values of a primitive Arrow array without nulls, without a copy.
-
-    `Array.to_numpy` would import pandas where it is installed.
-    """
-    buffer = array.buffers()[1]
-    if buffer is None or not len(array):
-        return np.zeros(0, kind)
-    return np.frombuffer(
-        buffer, kind, count=len(array), offset=array.offset * np.dtype(kind).itemsize
-    )
-
-
 def _joined(name: str, parts: Sequence[SoftTargets]) -> Any:
     values = [getattr(part, name) for part in parts]
     known = [value for value in values if value is not None]
     if len(known) == len(values):
         return np.concatenate(values)
-    if not known or name not in _UNKNOWN:
+    if not known or name not in UNKNOWN:
         return None
     filled = [
-        np.full(len(part.ids), _UNKNOWN[name], known[0].dtype) if value is None else value
+        np.full(len(part.ids), UNKNOWN[name], known[0].dtype) if value is None else value
         for part, value in zip(parts, values, strict=True)
     ]
     return np.concatenate(filled)
@@ -359,14 +348,33 @@ def flat_lists(name: str, values: pa.Array, kind: type[np.generic]) -> tuple[Any
     """All elements of a list column, of type `kind`, and the length of each row's list.
 
     Raises:
-        IntegrityError: a row has no list; `name` is what the message calls the column.
+        IntegrityError: it is no such column, a row has no list, or a list holds a null; `name` is
+            what the message calls the column.
     """
+    expected = pa.from_numpy_dtype(kind)
+    if not pa.types.is_list(values.type) or values.type.value_type != expected:
+        raise IntegrityError(f"column {name!r} is {values.type}: expected lists of {expected}")
     if values.null_count:
         raise IntegrityError(
             f"column {name!r} is null in {values.null_count} of {len(values)} rows that are stored "
             "together: expected a list in every one of them"
         )
-    return to_numpy(values.flatten(), kind), np.diff(to_numpy(values.offsets, np.int32))
+    flat = values.flatten()
+    if flat.null_count:
+        raise IntegrityError(f"column {name!r} holds {flat.null_count} nulls inside its lists")
+    return to_numpy(flat, kind), np.diff(to_numpy(values.offsets, np.int32))
+
+
+def _counts(values: pa.Array) -> Ints:
+    if values.type != pa.int32() or values.null_count:
+        raise IntegrityError(
+            f"column 'num_positions' is {values.type} with {values.null_count} nulls: expected "
+            "int32 without"
+        )
+    counts: Ints = to_numpy(values, np.int32)
+    if (counts < 0).any():
+        raise IntegrityError(f"column 'num_positions' holds {int(counts.min())}: below 0")
+    return counts
 
 
 def _flatten(

@@ -1,5 +1,6 @@
 """Real tables of random, valid soft targets: what most tests start from."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -96,6 +97,15 @@ def make_lineage(run_id: str, units: Sequence[str], num_rows: int) -> RunLineage
         started_at="2026-01-01T00:00:00+00:00",
         seconds=0.0,
     )
+
+
+def forget_records(folder: Path | str) -> None:
+    """Makes a table's log that of an earlier release, whose commits recorded nothing."""
+    for path in (Path(folder) / "_delta_log").glob("*.json"):
+        actions = [json.loads(line) for line in path.read_text().splitlines() if line]
+        for action in actions:
+            action.get("commitInfo", {}).pop("softlabels_record", None)
+        path.write_text("".join(json.dumps(action) + "\n" for action in actions))
 
 
 def make_table(

@@ -42,3 +42,13 @@ def test_other_threads_get_no_handler() -> None:
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_blocks_within_each_other_have_one_answer() -> None:
+    with stop_on_signal() as outer:
+        with stop_on_signal() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert inner()
+        assert outer()
+    with stop_on_signal() as later:
+        assert not later()

@@ -1,6 +1,8 @@
 """capture: a teacher labels a source into a table."""
 
-import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,8 +10,8 @@ import typer
 from softlabels.cli.output import print_json, progress
 
 if TYPE_CHECKING:
-    from softlabels.teacher.capture import Report
-    from softlabels.teacher.spec import CaptureSpec, SequenceCaptureSpec
+    from softlabels.cli.outcome import Outcome
+    from softlabels.teacher.capture import Progress, Report
 
 
 def register(app: typer.Typer) -> None:
@@ -25,41 +27,100 @@ def capture(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time one batch; print rows, bytes, time as JSON.")
     ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Only units whose number modulo N is I, I from 0."),
+    ] = None,
+    claim: Annotated[
+        bool, typer.Option("--claim", help="Share the units with all others that claim.")
+    ] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="With --claim: end when others are at all the rest.")
+    ] = False,
+    lease: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="With --claim: a worker silent so long is dead."),
+    ] = 60.0,
+    metrics_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep numbers here: Prometheus text, or FILE.json."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a teacher once over a source and keep its soft labels.
 
     The same command again goes on where it stopped, however it stopped; when nothing is left it
-    says so and exits 0. Stopped by a signal it exits 75 and loses nothing.
+    says so. Any number of processes on any machines may run it at once: --claim shares the work as
+    it comes, waits for the others at the end and takes over from workers that died; --shard cuts
+    it beforehand. Every unit is committed once whatever is mixed.
+
+    Exit codes: 0 done, or done before; 1 failed; 2 wrong use; 75 stopped by a signal, or storage
+    did not answer: nothing is lost, run it again. The last line of stdout is JSON with "exit", and
+    "error" in failure; with --json it is the only line.
+
+    Example: softlabels capture job.yaml --claim --metrics-file /var/lib/node_exporter/job.prom
     """
+    from softlabels.cli.outcome import MetricsFile, Outcome
+    from softlabels.errors import BadInputError
+    from softlabels.signals import stop_on_signal
+
+    if dry_run:
+        if shard or claim or metrics_file:
+            raise BadInputError(
+                "--dry-run is of the whole run: leave out --shard, --claim, --metrics-file"
+            )
+        _dry_run(spec, changes or ())
+        return
+    # From the first moment: a signal while libraries are loaded is one to try again after, too.
+    with stop_on_signal(), Outcome() as outcome:
+        from softlabels.teacher.sharing import Sharing
+        from softlabels.teacher.spec import read_capture
+
+        if metrics_file is not None:
+            outcome.metrics = MetricsFile(metrics_file, spec)
+        sharing = Sharing.parse(shard, claim, not no_wait, lease)
+        loaded = read_capture(spec, changes or ())
+        with _progress(outcome) as shown:
+            from softlabels.teacher.capture import capture as run
+
+            report = run(loaded, shown, sharing)
+        outcome.report = report
+        outcome.lines = [] if as_json else list(_lines(report))
+
+
+def _dry_run(spec: str, changes: Sequence[str]) -> None:
     from softlabels.teacher.spec import read_capture
 
-    loaded = read_capture(spec, changes or ())
-    if dry_run:
-        from softlabels.teacher.estimate import estimate
+    loaded = read_capture(spec, changes)
+    from softlabels.teacher.estimate import estimate
 
-        print_json(estimate(loaded))
-        return
-    report = _with_progress(loaded)
-    if as_json:
-        print_json(dataclasses.asdict(report))
-        return
+    print_json(estimate(loaded))
+
+
+def _lines(report: "Report") -> Iterator[str]:
+    """What was done, for people; the last line says what was made."""
     for reason, count in sorted(report.skipped.items()):
-        print(f"{count} left out of the source: {reason}")
+        yield f"{count} left out of the source: {reason}"
     if report.repeated:
-        print(
+        yield (
             f"{report.repeated} source rows repeat an example and were labelled once"
             f" ({report.relabelled} of them with another hard label)"
         )
-    if not report.committed:
-        print(f"nothing left to label: all {report.units} units were there")
-    print(f"{report.table}@{report.version}: {report.rows} rows labelled, {report.already} before")
+    if report.deleted:
+        yield f"{report.deleted} rows were left out: they were deleted from the table before"
+    if report.left:
+        yield f"{report.left} of {report.units} units are left to other workers"
+    elif not report.committed:
+        yield f"nothing left to label: all {report.units} units were there"
+    yield f"{report.table}@{report.version}: {report.rows} rows labelled, {report.already} before"
 
 
-def _with_progress(spec: "CaptureSpec | SequenceCaptureSpec") -> "Report":
+@contextmanager
+def _progress(outcome: "Outcome") -> "Iterator[Progress]":
+    """Callbacks that show a bar on stderr and keep the outcome up to date."""
     from rich.progress import TextColumn
 
-    from softlabels.teacher.capture import Progress, capture
+    from softlabels.teacher.capture import Progress
 
     with progress(TextColumn("{task.fields[note]}")) as bar:
         planning = bar.add_task("plan", total=None, note="", visible=False)
@@ -77,5 +138,9 @@ def _with_progress(spec: "CaptureSpec | SequenceCaptureSpec") -> "Report":
             rate = f"{speed:,.0f} rows/s" if speed else ""
             size = f"{bytes_per_row:,.0f} B/row" if bytes_per_row else ""
             bar.update(labelling, advance=rows, note=f"{rate} {size}")
+            outcome.update()
 
-        return capture(spec, Progress(scanned, planned, done))
+        def waiting(units: int) -> None:
+            bar.update(labelling, note=f"waiting for other workers, who are at {units} units")
+
+        yield Progress(scanned, planned, done, waiting=waiting, reported=outcome.update)

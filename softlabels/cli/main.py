@@ -1,7 +1,9 @@
 """The app: which commands there are, and how errors end."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -19,15 +21,15 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Runs the command line and exits with its code; a user's mistake is one line on stderr."""
+def main(command: Callable[[], object] = app) -> None:
+    """Runs a command line and exits with its code; a user's mistake is one line on stderr."""
     try:
-        app()
+        command()
     except SoftLabelsError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        _complain(printable(str(error)))
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        print(f"error: {_missing(error)}", file=sys.stderr)
+        _complain(_missing(error))
         sys.exit(1)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): that is not a failure of ours.
@@ -35,7 +37,7 @@ def main() -> None:
         sys.exit(0)
 
 
-def run() -> None:
+def run(command: Callable[[], object] = app) -> None:
     """The console script: `main`, then an exit that no library's teardown can turn around.
 
     Thread pools of native libraries have aborted interpreters that were done ("terminate called
@@ -43,12 +45,21 @@ def run() -> None:
     """
     code: object = 0
     try:
-        main()
+        main(command)
     except SystemExit as stop:
         code = stop.code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):  # nobody listens: the code says how it ended
+            stream.flush()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def _complain(text: str) -> None:
+    try:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        # Nobody reads it; the exit code still says it, unless the flush at exit fails.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _missing(error: ModuleNotFoundError) -> str:
@@ -79,6 +90,7 @@ def _root(
 # Registration only: none of these modules imports a heavy package at its top.
 from softlabels.cli import (  # noqa: E402
     capture,
+    change,
     ensemble,
     plans,
     query,
@@ -87,13 +99,20 @@ from softlabels.cli import (  # noqa: E402
     repair,
     report,
     sql,
+    status,
     student,
     table,
+    verify,
+    versions,
 )
 
 capture.register(app)
+status.register(app)
 recorded.register(app)
 table.register(app)
+verify.register(app)
+versions.register(app)
+change.register(app)
 sql.register(app)
 query.register(app)
 plans.register(app)

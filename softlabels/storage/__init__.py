@@ -11,19 +11,29 @@ from softlabels.storage.opening import (
     polars_options,
     require_exclusive_create,
 )
-from softlabels.storage.retrying import patiently, raise_storage_error, storage_errors
+from softlabels.storage.retrying import (
+    ShortAnswerError,
+    is_denied,
+    patiently,
+    raise_storage_error,
+    said_by,
+    storage_errors,
+)
 from softlabels.storage.root import Entry, Root, safe_relative
 
 __all__ = [
     "Entry",
     "Root",
+    "ShortAnswerError",
     "delta_options",
     "find_files",
+    "is_denied",
     "open_root",
     "patiently",
     "polars_options",
     "raise_storage_error",
     "require_exclusive_create",
     "safe_relative",
+    "said_by",
     "storage_errors",
 ]

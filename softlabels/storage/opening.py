@@ -12,6 +12,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from softlabels.errors import BadInputError, StorageError
+from softlabels.storage.clients import make_client
 from softlabels.storage.exclusive import overwrites
 from softlabels.storage.options import (
     StoreSettings,
@@ -21,7 +22,7 @@ from softlabels.storage.options import (
     secrets_digest,
     store_settings,
 )
-from softlabels.storage.retrying import patiently, without_secrets
+from softlabels.storage.retrying import patiently, said_by
 from softlabels.storage.root import Root
 
 
@@ -44,9 +45,12 @@ def open_root(uri: str | os.PathLike[str]) -> Root:
         else:
             fs = _client(scheme, settings, secrets_digest(), os.getpid())
             path = fs._strip_protocol(text)
-    except (ValueError, ImportError) as error:
+    except ImportError as error:
+        extra = f": pip install 'softlabels[{settings.kind}]'" if settings else ""
+        raise BadInputError(f"cannot open {text!r}: {said_by(error)}{extra}") from error
+    except ValueError as error:
         # A client's own words may repeat what the environment holds.
-        raise BadInputError(f"cannot open {text!r}: {without_secrets(str(error))}") from None
+        raise BadInputError(f"cannot open {text!r}: {said_by(error)}") from None
     path = path.rstrip("/") or "/"
     if isinstance(fs, LocalFileSystem) and ".." in path.split("/"):
         path = os.path.realpath(path)
@@ -100,15 +104,7 @@ def _require_exclusive(uri: str, settings: StoreSettings | None, _secrets: str) 
 @functools.lru_cache(maxsize=32)
 def _client(scheme: str, settings: StoreSettings, _secrets: str, _process: int) -> Any:
     """One client for all that is the same; a forked process needs its own."""
-    fs = fsspec.filesystem(scheme, **fsspec_options(settings))
-    if settings.kind == "s3":
-        fs.retries = 1  # of s3fs; `patiently` counts instead
-    else:
-        # Azure's client waits 15 s and more between its own tries.
-        policy = getattr(getattr(fs.service_client, "_config", None), "retry_policy", None)
-        if policy is not None:
-            policy.total_retries = 0
-    return fs
+    return make_client(scheme, settings)
 
 
 def find_files(pattern: str) -> tuple[Root, list[str]]:
@@ -139,8 +135,8 @@ def _refuse_credentials(uri: str) -> None:
     except ValueError as error:
         # Nothing of a URI that cannot be taken apart is shown: it may hold a secret.
         raise BadInputError(f"a URI cannot be read: {error}") from error
-    if "\0" in uri:
-        raise BadInputError(f"path {uri!r} holds a NUL character")
+    if "\0" in uri or any("\ud800" <= character <= "\udfff" for character in uri):
+        raise BadInputError(f"path {uri!r} holds what no path can: a NUL or half a character")
     if parts.scheme and (parts.password or parts.username or parts.query):
         raise BadInputError(
             f"a URI with credentials or a query is refused ({parts.scheme}://{parts.hostname}…): "

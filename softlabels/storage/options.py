@@ -25,7 +25,7 @@ from softlabels.errors import BadInputError
 PATIENCE = "SOFTLABELS_PATIENCE"
 TIMEOUT = "SOFTLABELS_TIMEOUT"
 PATIENCE_SECONDS = 60.0
-TIMEOUT_SECONDS = 20.0
+TIMEOUT_SECONDS = 15.0
 CONNECT_SECONDS = 5.0
 
 S3 = ("s3", "s3a")
@@ -89,7 +89,7 @@ def store_settings(scheme: str) -> StoreSettings | None:
     """Settings of `scheme` from the environment; None for one that has none.
 
     Raises:
-        BadInputError: a variable is no number, or the endpoint is no usable URL.
+        BadInputError: a variable is missing or no number, or the endpoint is no usable URL.
     """
     account = region = None
     if scheme in S3:
@@ -103,6 +103,11 @@ def store_settings(scheme: str) -> StoreSettings | None:
         kind = "azure"
         endpoint = _variable("AZURE_STORAGE_ENDPOINT")
         account = _variable("AZURE_STORAGE_ACCOUNT_NAME")
+        if account is None:
+            raise BadInputError(
+                f"{scheme}:// needs AZURE_STORAGE_ACCOUNT_NAME in the environment, and for secrets "
+                "AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN"
+            )
         allowed = "AZURE_ALLOW_HTTP"
     else:
         return None
@@ -166,8 +171,8 @@ def fsspec_options(settings: StoreSettings | None) -> dict[str, Any]:
         options["config_kwargs"] = {
             "connect_timeout": settings.connect_timeout,
             "read_timeout": settings.timeout,
-            # Tries again here and nowhere else: softlabels.storage.retrying counts the time.
-            "retries": {"total_max_attempts": 1},
+            # None of its own: they know nothing of SOFTLABELS_PATIENCE.
+            "retries": {"mode": "standard", "total_max_attempts": 1},
         }
         options["client_kwargs"] = {"region_name": settings.region} if settings.region else {}
         if settings.endpoint:

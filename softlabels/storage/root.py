@@ -8,8 +8,6 @@ import contextlib
 import io
 import os
 import posixpath
-import random
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +20,16 @@ from fsspec.implementations.local import LocalFileSystem
 
 from softlabels.errors import IntegrityError
 from softlabels.storage.exclusive import create_exclusive
-from softlabels.storage.retrying import FIRST_WAIT, causes, patiently, storage_errors
+from softlabels.storage.retrying import (
+    ShortAnswerError,
+    causes,
+    is_passing,
+    patiently,
+    storage_errors,
+)
 
 PART_BYTES = 16 * 2**20
 """Objects whose size is known are read in parts of this size, several at a time."""
-
-SHORT_TRIES = 5
-"""How often a range that comes short is asked for, before the file is said to be short."""
 
 OPEN_BYTES = 4 * 2**20
 """What an opened object is read by."""
@@ -129,23 +130,24 @@ class Root:
             TryAgainError: storage does not answer.
         """
         path, where = self.full(relative), self.where(relative)
-        paths = [path] * len(starts)
-        short = ""
-        for number in range(SHORT_TRIES):
-            if number:
-                time.sleep(random.uniform(0, FIRST_WAIT * 2**number))
-            parts: list[bytes] = patiently(
-                "read", where, lambda: self.fs.cat_ranges(paths, starts, ends, on_error="raise")
-            )
-            wrong = [
-                f"{len(part)} bytes at {start}, asked {end - start}"
-                for start, end, part in zip(starts, ends, parts, strict=True)
-                if len(part) != end - start
-            ]
-            if not wrong:
-                return parts
-            short = wrong[0]
-        raise IntegrityError(f"{where}: {short}: it is shorter than it was when it was written")
+
+        def attempt() -> list[bytes]:
+            try:
+                parts = self.fs.cat_ranges([path] * len(starts), starts, ends, on_error="raise")
+                for start, end, part in zip(starts, ends, parts, strict=True):
+                    if len(part) != end - start:
+                        raise ShortAnswerError(f"{len(part)} bytes at {start}, asked {end - start}")
+            except Exception as error:
+                if is_passing(error) and not isinstance(error, ShortAnswerError):
+                    raise
+                if (size := int(self.fs.size(path))) >= max(ends):
+                    raise
+                raise IntegrityError(
+                    f"{where} is too short: {max(ends)} bytes were asked for, it has {size}"
+                ) from None  # a short answer as its cause would be taken for one that may pass
+            return cast(list[bytes], parts)
+
+        return patiently("read", where, attempt)
 
     def buffer(self, relative: str, size: int | None = None) -> pa.Buffer:
         """The bytes of a file for Arrow: memory-mapped where it is local, else read whole.

@@ -36,6 +36,13 @@ _NAME = re.compile(r"step-(\d{8,})")
 _PACKAGES = ("softlabels", "torch", "numpy", "pyarrow", "safetensors")
 
 
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What JSON of a damaged record, or what is looked for in it, raises."""
+
+UNREADABLE_TENSORS = (SafetensorError, KeyError, OverflowError, RuntimeError, ValueError)
+"""What reading bytes that are no safetensors file, or hold types unknown to torch, raises."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A whole, checked checkpoint.
@@ -135,22 +142,28 @@ def load(path: Path) -> Checkpoint:
         expected = state.get("sha256", {})
         version = int(state["format_version"])
         data = {name: (path / name).read_bytes() for name in (STUDENT, OPTIMIZER)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{where}: {' '.join(str(error).split())[:200]}") from error
+    except (OSError, *DAMAGED) as error:
+        raise IntegrityError(f"{where}: {one_line(error)[:200]}") from error
     if version > FORMAT_VERSION:
         raise IntegrityError(
             f"checkpoint {str(path)!r} has format version {version}, this release reads up to "
             f"{FORMAT_VERSION}: upgrade softlabels"
         )
     found = {name: sha256_bytes(value) for name, value in data.items()}
-    rest = {name: value for name, value in expected.items() if name != STATE}
-    found[STATE] = sha256_json({**state, "sha256": rest})
+    try:
+        rest = {name: value for name, value in expected.items() if name != STATE}
+        found[STATE] = sha256_json({**state, "sha256": rest})
+    except DAMAGED as error:
+        raise IntegrityError(f"{where}: {one_line(error)[:200]}") from error
     for name, digest in found.items():
         if expected.get(name) != digest:
             raise IntegrityError(
                 f"{where}: {name} has sha256 {digest!r}, expected {expected.get(name)!r}"
             )
-    student, optimizer = (safetensors.torch.load(data[name]) for name in (STUDENT, OPTIMIZER))
+    try:
+        student, optimizer = (safetensors.torch.load(data[name]) for name in (STUDENT, OPTIMIZER))
+    except UNREADABLE_TENSORS as error:
+        raise IntegrityError(f"{where}: {one_line(error)[:200]}") from error
     return Checkpoint(path, student, optimizer, state)
 
 
@@ -189,7 +202,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     try:
         return safetensors.torch.load(Path(path).read_bytes())
-    except (OSError, SafetensorError) as error:
+    except (OSError, *UNREADABLE_TENSORS) as error:
         reason = one_line(error)
         raise BadInputError(f"cannot read weights {os.fspath(path)!r}: {reason}") from error
 
@@ -239,6 +252,12 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 def package_versions() -> dict[str, str]:
     """Versions of the packages that decide a run's bits."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def record_sha256(record: Mapping[str, Any]) -> str:
+    """The sha256 of a record as it is read back from JSON; figures may be NaN."""
+    plain = json.loads(json.dumps(record))
+    return sha256_bytes(json.dumps(plain, sort_keys=True).encode())
 
 
 def _trained(model: nn.Module) -> list[str]:

@@ -1,29 +1,46 @@
 """Verified bytes of a plan's shards: every byte that is decoded was checked against the plan.
 
-The seam for caches: a reader asks for row groups and does not know where their bytes come from.
-Local files are mapped. Remote ones are fetched whole once, to be hashed; after that a row group
-costs the byte ranges of the columns that are read, under page checksums.
+Local files are mapped, and their sha256 compared at first use. Of remote ones a row group costs
+the byte ranges of the columns that are read: what is in them is under page checksums, and where
+they are is under the sha256 of the footer. `whole` fetches a remote file to compare all of it.
 """
 
+import contextlib
+import hashlib
 import mmap
+import struct
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import IO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from softlabels.errors import BadInputError, IntegrityError
 from softlabels.fingerprint import sha256_bytes
+from softlabels.parquet import Chunk, Parquet
 from softlabels.plan import Plan, PlanFile
 from softlabels.storage import Root, storage_errors
 from softlabels.store import shards
 
 OPEN_FILES = 32
-"""Local shards kept open, each with a descriptor and a parsed footer."""
+"""Local shards kept open, each mapped and with a parsed footer."""
+
+FOOTER_BYTES = 64 << 10
+"""Fetched from the end of a remote file at first; a longer footer costs another request."""
+
+NEAR_BYTES = 64 << 10
+"""Ranges that are no further apart are fetched as one: a request costs more than that."""
+
+RANGE_BYTES = 8 << 20
+"""The longest range that is asked for at once: longer ones are fetched in parallel parts."""
+
+Key = tuple[str, str]
+"""A file: its table and its path."""
 
 
 class Files:
-    """The shards of a plan. Not for several threads at once.
+    """The shards of a plan. May be used by several threads.
 
     Args:
         plan: what names the files and their checksums.
@@ -39,68 +56,169 @@ class Files:
         self._files = {
             (name, file.path): file for name, table in plan.tables.items() for file in table.files
         }
-        self._open: OrderedDict[tuple[str, str], pq.ParquetFile] = OrderedDict()
-        self._verified: set[tuple[str, str]] = set()
-        self._footers: dict[tuple[str, str], bytes] = {}
+        self._open: OrderedDict[Key, _Local] = OrderedDict()
+        self._verified: set[Key] = set()
+        self._footers: dict[Key, bytes] = {}
+        self._lock = threading.Lock()
+        self._opening: dict[Key, threading.Lock] = {}
 
-    def read(self, table: str, path: str, group: int, columns: Sequence[str]) -> pa.RecordBatch:
+    def is_local(self, table: str) -> bool:
+        """Whether a table's files are on this machine."""
+        return self._roots[table].is_local
+
+    def file(self, table: str, path: str) -> PlanFile:
+        """What the plan says of a file; IntegrityError where it does not list it."""
+        if (table, path) not in self._files:
+            raise IntegrityError(f"the plan reads file {path!r} of table {table!r}, not listed")
+        return self._files[table, path]
+
+    def read(
+        self,
+        table: str,
+        path: str,
+        group: int,
+        columns: Sequence[str],
+        data: pa.Buffer | None = None,
+    ) -> pa.RecordBatch:
         """Some columns of one row group.
 
-        At first use the file's length, its sha256 and its footer's are compared with the plan's.
+        At first use the file's length, its footer's sha256 and, where it is local, its own are
+        compared with the plan's.
+
+        Args:
+            table: its name in the plan.
+            path: of the file.
+            group: number of the row group.
+            columns: by name.
+            data: the file's bytes, where the caller has them from `whole`.
 
         Raises:
             StorageError: the file is missing or cannot be read.
+            TryAgainError: storage does not answer.
             IntegrityError: it is not the file that the plan names, or a page is damaged.
         """
-        if (table, path) not in self._files:
-            raise IntegrityError(f"the plan reads file {path!r} of table {table!r}, not listed")
-        root = self._roots[table]
-        if root.is_local:
-            shard = self._local(table, path)
-        else:
-            shard = self._remote(table, path, group, columns)
-        _check_group(root, path, shard, group)
-        return shards.read_row_groups(shard, f"{root.uri}/{path}", [group], columns)
+        root, file = self._roots[table], self.file(table, path)
 
-    def _local(self, table: str, path: str) -> pq.ParquetFile:
-        key = (table, path)
-        if key in self._open:
-            self._open.move_to_end(key)
-            return self._open[key]
-        root, file = self._roots[table], self._files[key]
-        _check_size(root, file)
-        full = root.full(path)
-        with storage_errors("read", full), pa.memory_map(full) as source:
-            data = source.read_buffer()
-        if key not in self._verified:
-            _check_sha256(root, file, memoryview(data))
-        shard = _open(root, file, data)
-        self._verified.add(key)
-        self._open[key] = shard
-        if len(self._open) > OPEN_FILES:
-            self._open.popitem(last=False)
-        return shard
+        def decoded(shard: Parquet) -> pa.RecordBatch:
+            _check_group(root, path, shard, group)
+            return shards.read_row_groups(shard, root.where(path), [group], columns, threads=False)
 
-    def _remote(self, table: str, path: str, group: int, columns: Sequence[str]) -> pq.ParquetFile:
-        key = (table, path)
-        root, file = self._roots[table], self._files[key]
-        if key not in self._footers:
+        if data is not None:
+            return decoded(_open(root, file, data))
+        if not root.is_local:
+            return decoded(self._fetched(table, path, group, columns))
+        with self._local((table, path)).parsed(group, columns) as shard:
+            return decoded(shard)
+
+    def bytes_of(self, table: str, path: str, groups: Sequence[int], columns: Sequence[str]) -> int:
+        """How many of a remote file's bytes some columns of some row groups are."""
+        shard = self._sparse(table, path)[0]
+        found = [g for g in groups if 0 <= g < shard.num_row_groups]
+        return sum(chunk.stored for group in found for chunk in shard.chunks(group, columns))
+
+    def whole(self, table: str, path: str, into: IO[bytes]) -> pa.Buffer:
+        """All bytes of a file, fetched into an empty local file and mapped, its sha256 compared.
+
+        Raises:
+            StorageError, TryAgainError, IntegrityError: as `read`.
+        """
+        root, file = self._roots[table], self.file(table, path)
+        digest = hashlib.sha256()
+        for start in range(0, file.size, RANGE_BYTES):
+            (part,) = root.ranges(path, [start], [min(start + RANGE_BYTES, file.size)])
+            digest.update(part)
+            into.write(part)
+        into.flush()
+        _require_sha256(root, file, digest.hexdigest())
+        return pa.py_buffer(mmap.mmap(into.fileno(), file.size, prot=mmap.PROT_READ))
+
+    def _local(self, key: Key) -> "_Local":
+        with self._lock:
+            opening = self._opening.setdefault(key, threading.Lock())
+        with opening:  # hashed once, however many threads ask
+            with self._lock:
+                if key in self._open:
+                    self._open.move_to_end(key)
+                    return self._open[key]
+            root, file = self._roots[key[0]], self._files[key]
             _check_size(root, file)
-            data = memoryview(root.read(path, file.size))
-            _check_sha256(root, file, data)
-            shard = _open(root, file, data)
-            self._footers[key] = bytes(shards.footer(data))
-            return shard
-        # Untouched pages of an anonymous map take no memory: a file with only the bytes needed.
-        sparse = mmap.mmap(-1, file.size)
-        sparse[file.size - len(self._footers[key]) :] = self._footers[key]
-        shard = _open(root, file, pa.py_buffer(sparse))
+            local = _Local(root, file, verify=key not in self._verified)
+            with self._lock:
+                self._verified.add(key)
+                self._open[key] = local
+                if len(self._open) > OPEN_FILES:
+                    self._open.popitem(last=False)
+        return local
+
+    def _fetched(self, table: str, path: str, group: int, columns: Sequence[str]) -> Parquet:
+        root = self._roots[table]
+        shard, sparse = self._sparse(table, path)
         _check_group(root, path, shard, group)
-        starts, ends = _ranges(shard.metadata, group, columns)
-        parts = root.ranges(path, starts, ends)
-        for start, end, part in zip(starts, ends, parts, strict=True):
-            sparse[start:end] = part
+        ranges = list(_ranges(shard.chunks(group, columns)))
+        starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
+        for start, part in zip(starts, root.ranges(path, starts, ends), strict=True):
+            sparse[start : start + len(part)] = part
         return shard
+
+    def _sparse(self, table: str, path: str) -> tuple[Parquet, mmap.mmap]:
+        """A remote file of which only the footer is there yet, and its bytes to fill in.
+
+        Untouched pages of an anonymous map take no memory.
+        """
+        key = (table, path)
+        root, file = self._roots[table], self.file(table, path)
+        with self._lock:
+            opening = self._opening.setdefault(key, threading.Lock())
+        with opening:
+            if key not in self._footers:
+                self._footers[key] = _fetch_footer(root, file)
+        end = self._footers[key]
+        sparse = mmap.mmap(-1, file.size)
+        sparse[file.size - len(end) :] = end
+        return _open(root, file, pa.py_buffer(sparse)), sparse
+
+
+class _Local:
+    """A mapped file, with as many parsers as threads read it at once: none serves two.
+
+    Pages that were read are let go of, or the process would seem to hold all of the file.
+    """
+
+    def __init__(self, root: Root, file: PlanFile, verify: bool) -> None:
+        self._root, self._file = root, file
+        full = root.full(file.path)
+        if not file.size:
+            raise IntegrityError(f"{root.where(file.path)}: not a whole Parquet file: 0 bytes")
+        with storage_errors("read", full), open(full, "rb") as source:
+            self._mapped = mmap.mmap(source.fileno(), file.size, prot=mmap.PROT_READ)
+        if verify:
+            digest = hashlib.sha256()
+            for start in range(0, file.size, RANGE_BYTES):
+                digest.update(memoryview(self._mapped)[start : start + RANGE_BYTES])
+                self._let_go(start, start + RANGE_BYTES)
+            _require_sha256(root, file, digest.hexdigest())
+        self._idle = [self._parser()]
+
+    @contextlib.contextmanager
+    def parsed(self, group: int, columns: Sequence[str]) -> Iterator[Parquet]:
+        """The file, to read some columns of a row group."""
+        try:
+            shard = self._idle.pop()
+        except IndexError:
+            shard = self._parser()
+        yield shard
+        chunks = shard.chunks(group, columns)
+        starts, ends = [c.start for c in chunks], [c.start + c.stored for c in chunks]
+        self._let_go(min(starts, default=0), max(ends, default=0))
+        self._idle.append(shard)
+
+    def _parser(self) -> Parquet:
+        return _open(self._root, self._file, pa.py_buffer(self._mapped))
+
+    def _let_go(self, start: int, stop: int) -> None:
+        start -= start % mmap.PAGESIZE
+        if stop > start and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED, start, min(stop, self._file.size) - start)
 
 
 def require_roots(plan: Plan, roots: Mapping[str, str]) -> None:
@@ -111,29 +229,58 @@ def require_roots(plan: Plan, roots: Mapping[str, str]) -> None:
         )
 
 
+def _fetch_footer(root: Root, file: PlanFile) -> bytes:
+    """The footer of a remote file whose length and footer are as the plan says."""
+    _check_size(root, file)
+    (end,) = root.ranges(file.path, [max(0, file.size - FOOTER_BYTES)], [file.size])
+    length = struct.unpack("<I", end[-8:-4])[0] + 8 if len(end) >= 8 else 0
+    if len(end) < length <= file.size:
+        (end,) = root.ranges(file.path, [file.size - length], [file.size])
+    with _named(root, file):
+        found = bytes(shards.footer(b"PAR1" + end))
+    _require_footer(root, file, found)
+    return found
+
+
 def _check_size(root: Root, file: PlanFile) -> None:
     if (found := root.size(file.path)) != file.size:
         raise IntegrityError(
-            f"{root.uri}/{file.path} has {found} bytes, the plan says {file.size}: it is cut "
+            f"{root.where(file.path)} has {found} bytes, the plan says {file.size}: it is cut "
             "short or was changed after the plan was made"
         )
 
 
-def _check_sha256(root: Root, file: PlanFile, data: memoryview) -> None:
-    if (found := sha256_bytes(data)) != file.sha256:
+def _require_sha256(root: Root, file: PlanFile, found: str) -> None:
+    if found != file.sha256:
         raise IntegrityError(
-            f"{root.uri}/{file.path} has sha256 {found!r}, the plan says {file.sha256!r}: it was "
+            f"{root.where(file.path)} has sha256 {found!r}, the plan says {file.sha256!r}: it was "
             "changed after the plan was made; restore it or mix again"
         )
 
 
-def _open(root: Root, file: PlanFile, data: memoryview | pa.Buffer) -> pq.ParquetFile:
-    where = f"{root.uri}/{file.path}"
-    if (found := sha256_bytes(shards.footer(data))) != file.footer_sha256:
+def _require_footer(root: Root, file: PlanFile, end: bytes | memoryview) -> None:
+    if (found := sha256_bytes(end)) != file.footer_sha256:
         raise IntegrityError(
-            f"{where} has a footer of sha256 {found!r}, the plan says {file.footer_sha256!r}"
+            f"{root.where(file.path)} has a footer of sha256 {found!r}, the plan says "
+            f"{file.footer_sha256!r}"
         )
+
+
+@contextlib.contextmanager
+def _named(root: Root, file: PlanFile) -> Iterator[None]:
+    try:
+        yield
+    except IntegrityError as error:
+        raise IntegrityError(f"{root.where(file.path)}: {error}") from error
+
+
+def _open(root: Root, file: PlanFile, data: pa.Buffer) -> Parquet:
+    where = root.where(file.path)
+    with _named(root, file):
+        end = shards.footer(data)
+    _require_footer(root, file, end)
     shard = shards.open_shard(data, where)
+    assert isinstance(shard, Parquet)
     if shard.metadata.num_rows != file.num_rows:
         raise IntegrityError(
             f"{where} has {shard.metadata.num_rows} rows, the plan says {file.num_rows}"
@@ -141,29 +288,21 @@ def _open(root: Root, file: PlanFile, data: memoryview | pa.Buffer) -> pq.Parque
     return shard
 
 
-def _check_group(root: Root, path: str, shard: pq.ParquetFile, group: int) -> None:
+def _check_group(root: Root, path: str, shard: Parquet, group: int) -> None:
     if not 0 <= group < shard.num_row_groups:
         raise IntegrityError(
-            f"the plan reads row group {group} of {root.uri}/{path}, it has {shard.num_row_groups}"
+            f"the plan reads row group {group} of {root.where(path)}, it has {shard.num_row_groups}"
         )
 
 
-def _ranges(
-    metadata: pq.FileMetaData, group: int, columns: Sequence[str]
-) -> tuple[list[int], list[int]]:
-    """Byte ranges of a row group's columns, neighbours joined: (starts, ends)."""
-    starts: list[int] = []
-    ends: list[int] = []
-    row_group = metadata.row_group(group)
-    for index in range(metadata.num_columns):
-        chunk = row_group.column(index)
-        if chunk.path_in_schema.split(".")[0] not in columns:
-            continue
-        start = chunk.dictionary_page_offset or chunk.data_page_offset
-        start = min(start, chunk.data_page_offset)
-        if ends and ends[-1] == start:
-            ends[-1] += chunk.total_compressed_size
+def _ranges(chunks: Iterable[Chunk]) -> Iterator[tuple[int, int]]:
+    """Where column chunks are, as (start, end): near neighbours joined, long ones in parts."""
+    held: list[list[int]] = []
+    for chunk in sorted(chunks, key=lambda chunk: chunk.start):
+        if held and chunk.start - held[-1][1] <= NEAR_BYTES:
+            held[-1][1] = max(held[-1][1], chunk.start + chunk.stored)
         else:
-            starts.append(start)
-            ends.append(start + chunk.total_compressed_size)
-    return starts, ends
+            held.append([chunk.start, chunk.start + chunk.stored])
+    for start, end in held:
+        for at in range(start, end, RANGE_BYTES):
+            yield at, min(at + RANGE_BYTES, end)

@@ -28,8 +28,8 @@ class Groups:
     def __init__(self, plan: Plan) -> None:
         self._entries = _one_batch(plan.entries)
         columns = (_codes(self._entries[name]) for name in ("table", "file"))
-        files = _paired(*columns)
-        self._groups = _paired(files, to_numpy(self._entries["row_group"], np.int32))
+        self._files = _paired(*columns)
+        self._groups = _paired(self._files, to_numpy(self._entries["row_group"], np.int32))
         self._order = np.argsort(self._groups, kind="stable")
         numbers = np.arange(len(self._groups) + 1)
         self._starts = np.searchsorted(self._groups[self._order], numbers)
@@ -40,6 +40,16 @@ class Groups:
     def of(self, entry: int) -> int:
         """The row group that an entry reads."""
         return int(self._groups[entry])
+
+    def of_all(self, entries: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The row group that each of `entries` reads."""
+        return np.asarray(self._groups[entries])
+
+    def in_file(self, group: int) -> list[int]:
+        """The numbers, in the file of a row group, of all row groups that are read of it."""
+        there = self._files == self._files[self._entries_of(group)[0]]
+        numbers = to_numpy(self._entries["row_group"], np.int32)
+        return [int(number) for number in np.unique(numbers[there])]
 
     def location(self, group: int) -> tuple[str, str, int]:
         """The table, the file and the number in that file of a row group."""
@@ -77,6 +87,10 @@ class Groups:
             else:
                 parts.append(rows)
         return None if whole else _union(parts)
+
+    def rows(self, entry: int) -> Ints | None:
+        """The rows of its row group that an entry takes, in its order; None: all."""
+        return self._rows(entry)
 
     def places(self, entry: int) -> npt.NDArray[np.int64] | None:
         """Where an entry's rows are among those that `taken` gives; None: they are all of them."""

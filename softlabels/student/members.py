@@ -18,8 +18,10 @@ import pyarrow.compute as pc
 
 from softlabels.errors import IntegrityError
 from softlabels.plan import Plan
+from softlabels.student.held import Held
+from softlabels.student.localcache import LocalCache
 from softlabels.student.order import Int64s
-from softlabels.student.reader import Reader, check_label_space
+from softlabels.student.reader import CACHE_BYTES, Reader, check_label_space
 from softlabels.student.rows import Rows
 from softlabels.targets import Floats, Ints, SoftTargets, Temper, to_numpy
 
@@ -49,6 +51,8 @@ class Members:
         temperatures: extra temperatures to decode.
         roots: where tables are now, by name.
         cache_bytes: how much decoded data to keep of each member.
+        local: where decoded row groups may lie ready; None: nowhere.
+        fill: whether to put there what is decoded.
 
     Raises:
         MismatchError: a temperature is not stored, or members do not share their label space.
@@ -59,17 +63,44 @@ class Members:
         plan: Plan,
         temperatures: Sequence[float] = (),
         roots: Mapping[str, str] | None = None,
-        cache_bytes: int = 512 << 20,
+        cache_bytes: int = CACHE_BYTES,
+        local: LocalCache | None = None,
+        fill: bool = False,
     ) -> None:
         check_label_space({name: table.contents for name, table in plan.tables.items()})
         slots = range(plan.num_members)
         plans = [slot_plan(plan, slot) for slot in slots[1:]]
         self._readers = [
-            Reader(own, (), temperatures, own.roots_of(roots or {}), cache_bytes) for own in plans
+            Reader(
+                own,
+                (),
+                temperatures,
+                own.roots_of(roots or {}),
+                cache_bytes,
+                local=local,
+                fill=fill,
+            )
+            for own in plans
         ]
         self._temperatures = [float(t) for t in dict.fromkeys(temperatures) if t != 1]
         self._weights = [_Weights(plan.member_weights(slot)) for slot in slots]
         self._tables = [own.entries["table"] for own in (slot_plan(plan, 0), *plans)]
+
+    def hold(self, entries: Int64s, closed: threading.Event) -> "HeldMembers | None":
+        """What the others say of all that `entries` take, in memory or mapped meanwhile.
+
+        Args:
+            entries: of the plan, int64 [any].
+            closed: whether anybody still wants it; once it is set, None.
+        """
+        held: list[Held | None] = []
+        for reader, weights in zip(self._readers, self._weights[1:], strict=True):
+            there = entries[weights.present[entries]]
+            found = reader.hold(there, closed) if len(there) else None
+            if len(there) and found is None:
+                return None
+            held.append(found)
+        return HeldMembers(self, held)
 
     def join(
         self, first: Rows, entries: Int64s, rows: Int64s, closed: threading.Event
@@ -85,12 +116,16 @@ class Members:
         Raises:
             IntegrityError: a member's rows are other examples, or of other positions.
         """
-        others = []
-        for slot in range(1, len(self._weights)):
-            found = self._read(slot, first, entries, rows, closed)
-            if found is None:
-                return None
-            others.append(found)
+        held = self.hold(entries, closed)
+        return None if held is None else held.join(first, entries, rows)
+
+    def joined(
+        self, held: Sequence[Held | None], first: Rows, entries: Int64s, rows: Int64s
+    ) -> Rows:
+        """As `join`, of what is held for each further member."""
+        others = [
+            self._of(slot, one, first, entries, rows) for slot, one in enumerate(held, start=1)
+        ]
         weights = [weights.of(entries, rows) for weights in self._weights]
         return dataclasses.replace(
             first,
@@ -100,17 +135,15 @@ class Members:
             member_weights=np.stack(weights, axis=1),
         )
 
-    def _read(
-        self, slot: int, first: Rows, entries: Int64s, rows: Int64s, closed: threading.Event
-    ) -> SoftTargets | None:
+    def _of(
+        self, slot: int, held: Held | None, first: Rows, entries: Int64s, rows: Int64s
+    ) -> SoftTargets:
         """The member's targets, with dummies in the rows that have no such member."""
-        reader = self._readers[slot - 1]
         places = np.flatnonzero(self._weights[slot].present[entries])
         if not len(places):
             return self._dummies(slot, first.targets.num_positions)
-        found = reader.gather(entries[places], rows[places], closed)
-        if found is None:
-            return None
+        assert held is not None
+        found = held.gather(entries[places], rows[places])
         self._check(slot, first, found, places, entries)
         there = first.targets.positions_of(places)
         counts = first.targets.num_positions[places]
@@ -158,6 +191,17 @@ class Members:
             draws=full(-1, reader.draws, np.int32) if reader.draws else None,
             temper={t: Temper(full(0), full(0)) for t in self._temperatures},
         )
+
+
+class HeldMembers:
+    """What the further members say of some entries, in memory or mapped as long as this lives."""
+
+    def __init__(self, members: Members, held: Sequence[Held | None]) -> None:
+        self._members, self._held = members, held
+
+    def join(self, first: Rows, entries: Int64s, rows: Int64s) -> Rows:
+        """`first` with what the others say of its rows; see `Members.join`."""
+        return self._members.joined(self._held, first, entries, rows)
 
 
 class _Weights:

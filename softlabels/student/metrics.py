@@ -120,14 +120,17 @@ class MetricsLog:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last one that was cut short by a kill is left out."""
+    """The lines of a run's metrics.jsonl; from a damaged one on, such as one cut short, none."""
     path = out / NAME
     if not path.is_file():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            value = json.loads(line)
+            if type(value["step"]) is not int:
+                break
+        except (ValueError, LookupError, TypeError, RecursionError):
             break
+        found.append(value)
     return found

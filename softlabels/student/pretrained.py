@@ -67,7 +67,7 @@ def _require_width(config: Any, num_classes: int | None) -> None:
         require_width(width, num_classes)
 
 
-def leave_folder(out: Path, model: nn.Module, tokenizer: str | None) -> None:
+def leave_folder(out: Path, model: nn.Module, tokenizer: str | None) -> list[str]:
     """Makes a finished student's folder one that `transformers`, or the next run, can load.
 
     Does nothing for a module that is not of `transformers`.
@@ -76,10 +76,13 @@ def leave_folder(out: Path, model: nn.Module, tokenizer: str | None) -> None:
         out: holds student.safetensors.
         model: the student.
         tokenizer: its tokenizer.json, or a folder with one; None: not known.
+
+    Returns:
+        Names of the files beside the weights, which are those of student.safetensors.
     """
     config = getattr(model, "config", None)
     if not hasattr(config, "to_json_string"):
-        return
+        return []
     root = open_root(out)
     root.write(CONFIG, cast(Any, config).to_json_string(use_diff=False).encode())
     if tokenizer is not None:
@@ -91,6 +94,7 @@ def leave_folder(out: Path, model: nn.Module, tokenizer: str | None) -> None:
             os.link(out / STUDENT, out / _WEIGHTS)
         except OSError:  # not every file system has links
             shutil.copyfile(out / STUDENT, out / _WEIGHTS)
+    return [CONFIG] if tokenizer is None else [CONFIG, NAME]
 
 
 @contextlib.contextmanager

@@ -29,18 +29,22 @@ class ReadAhead(Generic[T]):
     Args:
         make: from an event, the iterator; it should end soon after the event is set.
         depth: items it may be ahead of the consumer.
+        name: of the thread.
     """
 
-    def __init__(self, make: Callable[[threading.Event], Iterator[T]], depth: int) -> None:
+    def __init__(
+        self,
+        make: Callable[[threading.Event], Iterator[T]],
+        depth: int,
+        name: str = "softlabels-read-ahead",
+    ) -> None:
         self.waited = 0.0
         self._items: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         self._slots = threading.Semaphore(depth)
         self._stop = threading.Event()
         parts = (self._items, self._slots, self._stop)
         # The thread must not know this object, or it could never be forgotten.
-        thread = threading.Thread(
-            target=_run, args=(make, *parts), name="softlabels-read-ahead", daemon=True
-        )
+        thread = threading.Thread(target=_run, args=(make, *parts), name=name, daemon=True)
         self._end = weakref.finalize(self, _end, thread, self._slots, self._stop)
         thread.start()
 

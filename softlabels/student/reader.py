@@ -1,8 +1,9 @@
 """Decoded rows of a plan: entries from verified files, kept within a bound."""
 
+import contextlib
+import os
 import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,26 +13,28 @@ from softlabels.errors import BadInputError, IntegrityError, MismatchError
 from softlabels.lineage import LABEL_SPACE, Contents
 from softlabels.plan import Plan, PlanTable
 from softlabels.rules import PositionRules
-from softlabels.schema import COLUMNS, temper_columns
+from softlabels.schema import COLUMNS
+from softlabels.student.decode import Decoder
 from softlabels.student.files import Files
+from softlabels.student.filling import Recent, Source
+from softlabels.student.gather import whole_rows
 from softlabels.student.groups import Groups
+from softlabels.student.held import Held
+from softlabels.student.loading import load_all
+from softlabels.student.localcache import LocalCache
 from softlabels.student.order import Int64s
+from softlabels.student.records import GoneError, Records
 from softlabels.student.rows import Rows
 from softlabels.student.ruled import keep_positions
 from softlabels.student.tempered import at_own, stored_temperature
-from softlabels.targets import SoftTargets
+from softlabels.targets import Ints, SoftTargets
 
-_TARGETS = (
-    "num_positions",
-    "topk_ids",
-    "topk_logprobs",
-    "tail_logprob",
-    "position_entropy",
-    "label_ids",
-    "label_logprobs",
-    "label_ranks",
-)
-"""Whatever the loss: position rules may compare any of them."""
+LOCAL_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
+REMOTE_THREADS = 8
+"""Row groups that are loaded at once: decoding takes a core each, waiting for storage none."""
+
+CACHE_BYTES = 96 << 20
+"""Of decoded rows that are kept in memory, by default: with windows a stream stays below 300 MB."""
 
 
 class Reader:
@@ -50,8 +53,10 @@ class Reader:
         columns: further columns to decode.
         temperatures: extra temperatures to decode; 1 needs nothing and is passed over.
         roots: where tables are now, by name.
-        cache_bytes: how much decoded data to keep.
+        cache_bytes: how much decoded data to keep in memory; mapped data count too.
         tracked: keep in mind which positions the rules left, for further teachers' rows.
+        local: where decoded row groups may lie ready; None: nowhere.
+        fill: whether to put there what is decoded.
 
     Raises:
         BadInputError: a column is not in a table.
@@ -65,30 +70,43 @@ class Reader:
         columns: Sequence[str] = (),
         temperatures: Sequence[float] = (),
         roots: Mapping[str, str] | None = None,
-        cache_bytes: int = 512 << 20,
+        cache_bytes: int = CACHE_BYTES,
         tracked: bool = False,
+        local: LocalCache | None = None,
+        fill: bool = False,
     ) -> None:
-        self._contents = {name: table.contents for name, table in plan.tables.items()}
+        contents = {name: table.contents for name, table in plan.tables.items()}
         self._rules = {name: table.positions for name, table in plan.tables.items()}
         self._weighted = any(rules.weights for rules in self._rules.values() if rules)
-        self._columns = list(dict.fromkeys(columns))
-        self._temperatures = [float(t) for t in dict.fromkeys(temperatures) if t != 1]
-        check_label_space(self._contents)
-        _check_columns(self._contents, self._columns)
-        self._own, self._stored = {}, {}
+        columns = list(dict.fromkeys(columns))
+        asked = [float(t) for t in dict.fromkeys(temperatures) if t != 1]
+        check_label_space(contents)
+        _check_columns(contents, columns)
+        self._own, self._stored, needed = {}, {}, {}
         for name, table in plan.tables.items():
-            self._own[name], self._stored[name] = _temperatures(table, self._temperatures)
-        self.k = max((c.k for c in self._contents.values()), default=0)
-        drawn = {(c.draws, c.draws_temperature / self._own[n]) for n, c in self._contents.items()}
+            own, stored = _temperatures(table, asked)
+            self._own[name], self._stored[name] = own, stored
+            needed[name] = [t for t in dict.fromkeys([own, *stored.values()]) if t != 1]
+        self.k = max((c.k for c in contents.values()), default=0)
+        drawn = {(c.draws, c.draws_temperature / self._own[n]) for n, c in contents.items()}
         # A row's draws share its tail in equal parts: padding them would lose mass.
         self.draws = min(drawn)[0] if len(drawn) == 1 else 0
         self._groups = Groups(plan)
         self._files = Files(plan, roots)
+        decoder = Decoder(plan, self._files, columns, self.draws, needed)
+        self._source = Source(self._files, decoder, local, fill)
+        remote = any(not self._files.is_local(name) for name in plan.tables)
+        self._threads = REMOTE_THREADS if remote else LOCAL_THREADS
         self._tracked = tracked
         self._types: dict[str, tuple[pa.DataType, str]] = {}
-        self._cache: OrderedDict[int, Rows] = OrderedDict()
-        self._cache_bytes = cache_bytes
-        self._cached = 0
+        self._plain = {
+            name: rules is None
+            and self._own[name] == 1
+            and contents[name].k == self.k
+            and not (self._weighted or tracked)
+            for name, rules in self._rules.items()
+        }
+        self._recent = Recent(cache_bytes)
         self._lock = threading.Lock()
 
     def entry(self, number: int) -> Rows:
@@ -99,19 +117,25 @@ class Reader:
             IntegrityError: its file is not the one that the plan names, an entry asks for rows
                 that the row group has not, or the plan's rules leave a row without positions.
         """
-        with self._lock:
-            group = self._groups.of(number)
-            if group in self._cache:
-                self._cache.move_to_end(group)
-                rows = self._cache[group]
-            else:
-                rows = self._decode(group)
-                self._cache[group] = rows
-                self._cached += rows.nbytes
-                while self._cached > self._cache_bytes and self._cache:
-                    self._cached -= self._cache.popitem(last=False)[1].nbytes
-        place = self._groups.places(number)
-        return rows if place is None else rows.take(place)
+        group = self._groups.of(number)
+        loaded = self._loaded([group], threading.Event())
+        assert loaded is not None
+        found, place = loaded[group], self._groups.places(number)
+        if isinstance(found, Records):
+            found = self._fresh(group)
+        return found if place is None else found.take(place)
+
+    def hold(self, entries: Int64s, closed: threading.Event) -> Held | None:
+        """What all `entries` take, in memory or mapped as long as the result lives.
+
+        Args:
+            entries: int64 [any], at least one.
+            closed: whether anybody still wants them; once it is set, None.
+        """
+        needed = np.unique(entries)
+        groups = self._groups.of_all(needed)
+        loaded = self._loaded(np.unique(groups).tolist(), closed)
+        return None if loaded is None else Held(needed, loaded, self._groups, self._fresh)
 
     def gather(self, entries: Int64s, rows: Int64s, closed: threading.Event) -> Rows | None:
         """One row for each pair of an entry and a row that it takes; None once `closed`.
@@ -121,58 +145,87 @@ class Reader:
             rows: int64 [B], which of the entry's.
             closed: whether anybody still wants them.
         """
-        needed, which = np.unique(entries, return_inverse=True)
-        parts = []
-        for entry in needed:
-            if closed.is_set():
-                return None
-            parts.append(self.entry(int(entry)))
-        sizes = np.array([len(part) for part in parts])
-        index = (np.cumsum(sizes) - sizes)[which] + rows
-        joined = Rows.concat(parts)
-        parts.clear()  # what is joined and what was decoded would both be held beside the result
-        return joined.take(index)
+        held = self.hold(entries, closed)
+        return None if held is None else held.gather(entries, rows)
 
-    def _decode(self, group: int) -> Rows:
-        name, path, index = self._groups.location(group)
+    def _loaded(
+        self, groups: list[int], closed: threading.Event
+    ) -> dict[int, Rows | Records] | None:
+        with self._lock:
+            kept = {group: self._recent.get(group) for group in groups}
+        found = {group: rows for group, rows in kept.items() if rows is not None}
+        absent = [group for group in groups if group not in found]
+        loaded: dict[int, Rows | Records] | None = load_all(
+            absent, self._decode, self._threads, closed
+        )
+        if loaded is None:
+            return None
+        with self._lock:
+            for group, rows in loaded.items():
+                self._recent.put(group, rows)
+        return found | loaded
+
+    def _fresh(self, group: int) -> Rows:
+        """The rows of a row group whose file in the local cache is gone."""
+        with self._lock:
+            self._recent.forget(group)
+        name = self._groups.location(group)[0]
+        return self._made(group, name, self._source.decoded(self._groups.location(group)))
+
+    def _decode(self, group: int, wait: bool = True) -> Rows | Records | None:
+        place = self._groups.location(group)
+        found = self._source.rows(place, wait, lambda: self._groups.in_file(group))
+        if isinstance(found, Records):
+            if self._plain[place[0]]:  # read as they are: what a plan leaves out stays on disk
+                self._taken(group, found)
+                return found
+            try:
+                found = whole_rows(found)
+            except GoneError:
+                found = self._source.decoded(place)
+        return None if found is None else self._made(group, place[0], found)
+
+    def _made(self, group: int, name: str, rows: Rows) -> Rows:
+        """Of the stored rows those that the plan takes, as it wants them."""
         rules, own = self._rules[name], self._own[name]
-        needed = [t for t in dict.fromkeys([own, *self._stored[name].values()]) if t != 1]
-        wanted = ["example_id", *_TARGETS, *self._columns]
-        wanted += ["sampled_ids"] if self.draws else []
-        wanted += [c for t in needed for c in temper_columns(t)]
-        batch = self._files.read(name, path, index, wanted)
-        if missing := sorted(set(wanted) - set(batch.schema.names)):
-            raise IntegrityError(f"file {path!r} of table {name!r} has no column {missing[0]!r}")
-        self._check_types(batch, name)
-        values = {field: batch[field] for field in wanted}
-        stored = self._contents[name].k
-        try:
-            targets = SoftTargets.from_columns(values, stored, self.draws, needed)
-            columns = {column: values[column] for column in self._columns}
-            rows = Rows(targets, values["example_id"], columns)
-            taken = self._groups.taken(group, len(rows))
-            rows = rows if taken is None else rows.take(taken)
-            if self._tracked:
-                rows = _numbered(rows)
-            if rules is not None:
+        taken = self._taken(group, rows)
+        rows = rows if taken is None else rows.take(taken)
+        if self._tracked:
+            rows = _numbered(rows)
+        if rules is not None:
+            with self._named(group):
                 rows = _ruled(rows, rules)
-        except IntegrityError as error:
-            raise IntegrityError(f"file {path!r} of table {name!r}: {error}") from error
         if self._weighted and rows.position_weights is None:
             rows = replace(rows, position_weights=np.ones(len(rows.targets.ids), np.float32))
         # After the rules, which compare values at temperature 1.
         at_one = at_own(rows.targets, own, self._stored[name])
         return replace(rows, targets=_padded(at_one, self.k))
 
-    def _check_types(self, batch: pa.RecordBatch, table: str) -> None:
-        for name in self._columns:
-            found = batch.schema.field(name).type
-            first, where = self._types.setdefault(name, (found, table))
-            if found != first:
+    def _taken(self, group: int, rows: Rows | Records) -> Ints | None:
+        self._check_types(rows.columns, self._groups.location(group)[0])
+        with self._named(group):
+            return self._groups.taken(group, len(rows))
+
+    @contextlib.contextmanager
+    def _named(self, group: int) -> Iterator[None]:
+        try:
+            yield
+        except IntegrityError as error:
+            name, path, _ = self._groups.location(group)
+            raise IntegrityError(f"file {path!r} of table {name!r}: {error}") from error
+
+    def _check_types(self, columns: Mapping[str, pa.Array], table: str) -> None:
+        for name, values in columns.items():
+            first, where = self._types.setdefault(name, (values.type, table))
+            if values.type != first:
                 raise MismatchError(
-                    f"column {name!r} is {first} in table {where!r}, {found} in {table!r}: "
+                    f"column {name!r} is {first} in table {where!r}, {values.type} in {table!r}: "
                     "streams hand out one type"
                 )
+
+
+MOST_PADDED = 1 << 28
+"""Ids of a row group that is padded: 2 GB."""
 
 
 def _numbered(rows: Rows) -> Rows:
@@ -204,6 +257,11 @@ def _padded(targets: SoftTargets, k: int) -> SoftTargets:
     missing = ((0, 0), (0, k - targets.k))
     if targets.k == k:
         return targets
+    if len(targets.ids) * k > MOST_PADDED:
+        raise IntegrityError(
+            f"{len(targets.ids)} positions of {targets.k} ids would be padded to {k} ids, as "
+            "another table of the plan says it has: train on them in plans of their own"
+        )
     return replace(
         targets,
         ids=np.pad(targets.ids, missing, constant_values=-1),

@@ -183,8 +183,10 @@ class Run:
         }
         data = checkpoint.tensor_bytes(self.model.state_dict())
         root.write(STUDENT, data)
-        leave_folder(Path(self.spec.out), self.model, tokenizer_of(self.spec))
+        left = leave_folder(Path(self.spec.out), self.model, tokenizer_of(self.spec))
         record["student_sha256"] = sha256_bytes(data)
+        record["files_sha256"] = {name: sha256_bytes(root.read(name)) for name in left}
+        record["sha256"] = checkpoint.record_sha256(record)  # of all but itself
         root.write(RESULT, json.dumps(record, indent=1).encode())
         return Path(self.spec.out) / STUDENT, record
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from softlabels.errors import BadInputError, IntegrityError, MismatchError
+from softlabels.errors import BadInputError, IntegrityError, MismatchError, one_line
 from softlabels.fingerprint import sha256_bytes
 from softlabels.lineage import Contents
 from softlabels.plan import Plan
@@ -23,27 +23,38 @@ from softlabels.student.run import RESULT, build_student, load_decode, pick_devi
 from softlabels.student.spec import LanguageModelSpec, RunSpec
 from softlabels.student.tokens import NAME
 
+_ADVICE = f"remove {RESULT} to train on from the newest checkpoint"
+
 
 def read_result(out: Path) -> dict[str, Any] | None:
     """What student.json says; None when the run in `out` is not finished.
 
     Raises:
-        IntegrityError: it cannot be read, or student.safetensors is not the file it describes.
+        IntegrityError: it cannot be read, or it or a file that it describes was changed.
     """
     path = out / RESULT
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_bytes())
-        found = sha256_bytes((out / STUDENT).read_bytes())
-        expected = record["student_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{str(path)!r} is damaged: {' '.join(str(error).split())}") from error
-    if found != expected:
+        said = {RESULT: record["sha256"], STUDENT: record["student_sha256"]}
+        beside = record["files_sha256"]
+        if not set(beside) <= {CONFIG, NAME}:  # another name may be a path to anywhere
+            raise ValueError(f"files_sha256 names {sorted(beside)!r}")
+        said |= beside
+        rest = {name: value for name, value in record.items() if name != "sha256"}
+        found = {name: sha256_bytes((out / name).read_bytes()) for name in said if name != RESULT}
+        found[RESULT] = checkpoint.record_sha256(rest)
+    except (OSError, *checkpoint.DAMAGED) as error:
         raise IntegrityError(
-            f"{str(out / STUDENT)!r} has sha256 {found!r}, {RESULT} says {expected!r}: it was "
-            f"changed; remove {RESULT} to train on from the newest checkpoint"
-        )
+            f"{str(path)!r} is damaged, or of another release: {one_line(error)}; {_ADVICE}"
+        ) from error
+    for name, expected in said.items():
+        if found[name] != expected:
+            raise IntegrityError(
+                f"{str(out / name)!r} has sha256 {found[name]!r}, {RESULT} says {expected!r}: it "
+                f"was changed; {_ADVICE}"
+            )
     return cast(dict[str, Any], record)
 
 

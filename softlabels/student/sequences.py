@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ def padded(
             tokens, a position outside of them or at the end of a document, or, of alignment
             "next", a hard label that is not the token after its position; names the example.
     """
+    _check_types(batch)
     tokens, lengths = _flat(batch, "input_ids")
     index, counts = _flat(batch, "position_index")
     rows = np.repeat(np.arange(len(batch)), counts)
@@ -203,6 +205,15 @@ def _check_next(
                 f"example {batch.example_ids[int(rows[at])].as_py()!r}: position_index "
                 f"{int(index[at])} is the last of its document, so nothing follows it"
             )
+
+
+def _check_types(batch: Batch) -> None:
+    for name in COLUMNS:
+        column = batch.columns[name]
+        if not pa.types.is_list(column.type) or column.type.value_type != pa.int32():
+            raise DataError(f"column {name!r} is {column.type}: expected lists of int32")
+        if column.flatten().null_count:
+            raise DataError(f"column {name!r} holds nulls inside its lists")
 
 
 def _check(

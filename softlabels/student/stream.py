@@ -15,13 +15,17 @@ import pyarrow as pa
 from softlabels.errors import BadInputError, IntegrityError, MismatchError
 from softlabels.plan import Plan
 from softlabels.student.files import require_roots
+from softlabels.student.localcache import LocalCache, open_cache
 from softlabels.student.members import Members, slot_plan
 from softlabels.student.order import VERSION, Order, check_ranks
 from softlabels.student.readahead import ReadAhead
-from softlabels.student.reader import Reader
+from softlabels.student.reader import CACHE_BYTES, Reader
 from softlabels.student.rows import Rows
 from softlabels.student.windows import Window, Windows
 from softlabels.targets import Floats, SoftTargets, to_numpy
+
+DECODED_RATIO = 4
+"""Bytes in memory for one in a file, at most, of targets; what decides on a local cache."""
 
 WINDOW_BYTES = 32 << 20
 """Of files, that are shuffled among each other: in memory they are a few times as much."""
@@ -85,10 +89,11 @@ class Stream:
 
     The plan's position rules are applied: batches hold only the positions that they keep.
 
-    Memory: `read_ahead` + 1 windows of about `shuffle_rows` rows, of which a rank holds its share,
-    one more, decoded whole, while it is gathered, and `cache_bytes`. A position of 16 stored ids
+    Memory: the row groups of two windows of about `shuffle_rows` rows, the one that is handed out
+    and the next, decoded whole or mapped from the local cache; `read_ahead` + 2 parts of
+    PIECE_BYTES, or of a window where that is less; and `cache_bytes`. A position of 16 stored ids
     and 16 draws takes 212 bytes, and about 70 in a file: a window of WINDOW_BYTES is 100 MB. In an
-    ensemble plan all of this is so for each teacher.
+    ensemble plan windows and parts are so for each teacher.
 
     Args:
         plan: what to read.
@@ -104,8 +109,9 @@ class Stream:
         world_size: ranks, at most 64.
         shuffle_rows: rows that are shuffled among each other; part of what decides the order.
             None: what `window_rows` gives for the plan.
-        read_ahead: windows a thread reads ahead.
-        cache_bytes: decoded data kept, so that later epochs of a small plan cost a gather only.
+        read_ahead: parts of a window that a thread gathers ahead.
+        cache_bytes: decoded data kept in memory, so that later epochs of a small plan cost a gather
+            only; those of larger plans are on local disk (`localcache`).
 
     Raises:
         BadInputError: an argument is out of range, the plan has no rows, a column or a root names
@@ -128,7 +134,7 @@ class Stream:
         world_size: int = 1,
         shuffle_rows: int | None = None,
         read_ahead: int = 2,
-        cache_bytes: int = 512 << 20,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         check_ranks(rank, world_size)
         shuffle_rows = window_rows(plan) if shuffle_rows is None else shuffle_rows
@@ -147,11 +153,20 @@ class Stream:
             raise BadInputError("the plan has no rows: an epoch of it would never end")
         first, several, roots = slot_plan(plan, 0), plan.num_members > 1, dict(roots or {})
         require_roots(plan, roots)
+        local, fill = local_cache(plan, roots, cache_bytes, epochs)
+        cache_bytes //= plan.num_members
         ruled = any(table.positions is not None for table in first.tables.values())
         self._reader = Reader(
-            first, columns, temperatures, first.roots_of(roots), cache_bytes, several and ruled
+            first,
+            columns,
+            temperatures,
+            first.roots_of(roots),
+            cache_bytes,
+            several and ruled,
+            local,
+            fill,
         )
-        members = Members(plan, temperatures, roots, cache_bytes) if several else None
+        members = Members(plan, temperatures, roots, cache_bytes, local, fill) if several else None
         self._windows = Windows(
             self._order, weights, self._reader, members, rank, world_size, epochs
         )
@@ -231,7 +246,9 @@ class Stream:
         """
         self._end_iteration()
         begin = (self._epoch, self._position)
-        ahead = ReadAhead(lambda closed: self._windows.read(*begin, closed), self._depth)
+        ahead = ReadAhead(
+            lambda closed: self._windows.read(*begin, self._batch_size, closed), self._depth
+        )
         self._ahead = ahead
         window: Window | None = None
         try:
@@ -272,6 +289,21 @@ class Stream:
             "shuffle": int(order.shuffle),
             "shuffle_rows": order.shuffle_rows,
         }
+
+
+def local_cache(
+    plan: Plan, roots: Mapping[str, str], cache_bytes: int, epochs: int | None
+) -> tuple[LocalCache | None, bool]:
+    """The local cache of a stream, and whether it fills it.
+
+    None where all is on this machine and its decoded rows fit into memory: then that is the cache.
+    One epoch of local files fills none: writing it would not pay in this run.
+    """
+    files = {(t.name, file.path): file for t in plan.tables.values() for file in t.files}
+    remote = any(not plan.root(name, roots).is_local for name in plan.tables)
+    if not remote and DECODED_RATIO * sum(file.size for file in files.values()) <= cache_bytes:
+        return None, False
+    return open_cache(file.sha256 for file in files.values()), remote or epochs != 1
 
 
 def window_rows(plan: Plan) -> int:

@@ -41,7 +41,7 @@ def vocabulary(path: str | os.PathLike[str]) -> dict[str, int]:
         )
     try:
         return _tokens(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = one_line(f"{type(error).__name__}: {error}")[:200]
         raise BadInputError(f"tokenizer: {str(file)!r} is no {NAME}: {reason}") from error
 
@@ -72,7 +72,7 @@ def own_template_sha256(folder: str) -> str | None:
         template = config.get("chat_template")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise BadInputError(f"tokenizer: cannot read {folder}/{_CONFIG}: {error}") from error
     return sha256_bytes(template.encode()) if isinstance(template, str) else None
 

@@ -6,14 +6,21 @@ Runs in a stream's reading thread; a window is decoded, gathered and joined here
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from softlabels.student.members import Members
+from softlabels.student.held import Held
+from softlabels.student.members import HeldMembers, Members
 from softlabels.student.order import EpochOrder, Int64s, Order, owned_positions
+from softlabels.student.readahead import ReadAhead
 from softlabels.student.reader import Reader
 from softlabels.student.rows import Rows
 from softlabels.targets import Floats
+
+PIECE_BYTES = 8 << 20
+"""A window is copied in parts of this size: larger ones are new memory each time, and out of the
+processor's caches when they are used."""
 
 
 @dataclass(frozen=True)
@@ -66,34 +73,87 @@ class Windows:
         self._rank, self._world_size = rank, world_size
         self._epochs = epochs
 
-    def read(self, epoch: int, position: int, closed: threading.Event) -> Iterator[Window]:
-        """Windows from a position on, until `closed`."""
+    def read(
+        self, epoch: int, position: int, batch_size: int, closed: threading.Event
+    ) -> Iterator[Window]:
+        """Windows from a position on, in parts of about PIECE_BYTES, until `closed`.
+
+        Parts end where batches do: only a batch of two windows has to be joined. While a window is
+        handed out in parts, a thread loads the row groups of the next.
+        """
+        ahead = ReadAhead(lambda stop: self._loaded(epoch, position, stop), 1, "softlabels-window")
+        try:
+            while not closed.is_set():
+                try:
+                    loaded = next(ahead)
+                except StopIteration:
+                    return
+                yield from self._pieces(loaded, batch_size)
+                del loaded  # or its row groups would be held until those of the next come
+        finally:
+            ahead.close()
+
+    def _loaded(self, epoch: int, position: int, closed: threading.Event) -> Iterator["_Loaded"]:
         while self._epochs is None or epoch < self._epochs:
             order = self._order.epoch(epoch)
             for number in range(order.window_at(position), order.num_windows):
-                window = self._window(order, epoch, number, position, closed)
-                if window is None:
+                loaded = self._load(order, epoch, number, position, closed)
+                if loaded is None:
                     return
-                yield window
+                yield loaded
+                del loaded
             epoch, position = epoch + 1, 0
 
-    def _window(
+    def _load(
         self, order: EpochOrder, epoch: int, number: int, position: int, closed: threading.Event
-    ) -> Window | None:
-        first, stop = int(order.starts[number]), int(order.starts[number + 1])
+    ) -> "_Loaded | None":
+        first = int(order.starts[number])
         start = max(first, position)
         entries, rows = (values[start - first :] for values in order.window(number))
-        owned = owned_positions(start, stop, self._rank, self._world_size)
+        mine = owned_positions(start, start + len(entries), self._rank, self._world_size) - start
         # A rank without a row here still needs arrays of the right width and type.
-        chosen = owned - start if len(owned) else np.zeros(1, np.int64)
-        mine = self._reader.gather(entries[chosen], rows[chosen], closed)
-        if mine is None:
+        mine = mine if len(mine) else np.zeros(1, np.int64)
+        held = self._reader.hold(entries[mine], closed)
+        if held is None:
             return None
-        if not len(owned):
-            mine = mine.slice(0, 0)
+        others = None
         if self._members is not None:
-            places = chosen[: len(owned)]
-            mine = self._members.join(mine, entries[places], rows[places], closed)
-            if mine is None:
+            others = self._members.hold(entries[mine], closed)
+            if others is None:
                 return None
-        return Window(epoch, start, stop, self._weights[entries], owned, mine)
+        return _Loaded(epoch, start, position, entries, rows, mine[:1], held, others)
+
+    def _pieces(self, loaded: "_Loaded", batch_size: int) -> Iterator[Window]:
+        entries, rows, start = loaded.entries, loaded.rows, loaded.start
+        most = max(1, int(PIECE_BYTES / max(1.0, loaded.held.row_bytes))) * self._world_size
+        step = max(1, most // batch_size) * batch_size
+        first = -(start - loaded.begun) % batch_size  # rows that end the batch of the last window
+        edges = sorted({0, *range(min(first, len(entries)), len(entries), step), len(entries)})
+        for low, high in pairwise(edges):
+            owned = owned_positions(start + low, start + high, self._rank, self._world_size)
+            chosen = owned - start if len(owned) else loaded.any_row
+            found = loaded.held.gather(entries[chosen], rows[chosen])
+            found = found if len(owned) else found.slice(0, 0)
+            if loaded.others is not None:
+                places = chosen[: len(owned)]
+                found = loaded.others.join(found, entries[places], rows[places])
+            weights = self._weights[entries[low:high]]
+            yield Window(loaded.epoch, start + low, start + high, weights, owned, found)
+            del found
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A window from `start` on, its rows' row groups at hand.
+
+    `begun` is where the epoch's first batch begins, `any_row` the place of one of the rows.
+    """
+
+    epoch: int
+    start: int
+    begun: int
+    entries: Int64s
+    rows: Int64s
+    any_row: Int64s
+    held: Held
+    others: HeldMembers | None

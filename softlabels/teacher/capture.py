@@ -2,107 +2,82 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import numpy as np
-import numpy.typing as npt
 
-from softlabels.errors import TryAgainError
+from softlabels.errors import MismatchError, TryAgainError
 from softlabels.signals import stop_on_signal
-from softlabels.store import shards
+from softlabels.store import claims
+from softlabels.store.deleted import deleted_keys
 from softlabels.store.inspect import row_keys
+from softlabels.store.runs import RunRecord, record_run
 from softlabels.store.table import Table
 from softlabels.teacher.labeller import Labeller
 from softlabels.teacher.models import torch_threads
 from softlabels.teacher.recorded.spec import ImportSpec
-from softlabels.teacher.run import Keys, Scan, Spec, Unit, prepare, scan
+from softlabels.teacher.run import Run, Scan, Spec, prepare, scan
+from softlabels.teacher.sharing import Sharing
 from softlabels.teacher.spec import CaptureSpec, SequenceCaptureSpec
+from softlabels.teacher.worker import Progress, Report, Worker
 
-__all__ = ["CaptureSpec", "Progress", "Report", "SequenceCaptureSpec", "capture"]
-
-
-@dataclass
-class Progress:
-    """Callbacks that show how far a capture is; each does nothing by default.
-
-    Attributes:
-        scanned: more source rows were looked at while planning.
-        planned: rows that are left to look at in this call.
-        done: more rows were labelled or passed over; bytes a row of the last shard, 0 before one.
-    """
-
-    scanned: Callable[[int], None] = lambda rows: None
-    planned: Callable[[int], None] = lambda rows: None
-    done: Callable[[int, float], None] = lambda rows, bytes_per_row: None
+__all__ = ["CaptureSpec", "Progress", "Report", "SequenceCaptureSpec", "Sharing", "capture"]
 
 
-@dataclass
-class Report:
-    """What a call of `capture` did.
-
-    Attributes:
-        table: URI of the table.
-        version: of the table now.
-        run_id: of the run.
-        rows: rows that this call labelled.
-        already: rows of this source that the table held before.
-        repeated: source rows whose example came before in the source; None when not looked at.
-        relabelled: how many of these carry another hard label than the first.
-        units: units of the run.
-        committed: units that this call committed.
-        seconds: time it took.
-        skipped: what of the source is no row of it, by reason: empty texts, broken records.
-    """
-
-    table: str
-    version: int
-    run_id: str
-    rows: int = 0
-    already: int = 0
-    repeated: int | None = None
-    relabelled: int | None = None
-    units: int = 0
-    committed: int = 0
-    seconds: float = 0.0
-    skipped: dict[str, int] = field(default_factory=dict)
-
-
-def capture(spec: Spec, progress: Progress | None = None) -> Report:
+def capture(spec: Spec, progress: Progress | None = None, sharing: Sharing | None = None) -> Report:
     """Labels what is not labelled yet and commits it unit by unit.
 
     The same call again goes on where the last one stopped, however it stopped; when nothing is
-    left it does nothing. SIGTERM and SIGINT end it after the forward pass in hand.
+    left it does nothing. SIGTERM and SIGINT end it after the forward pass in hand. Any number of
+    calls may run at once, on any machines.
+
+    Args:
+        spec: of any kind.
+        progress: told how far it is.
+        sharing: which units are this call's; by default all, in order.
 
     Raises:
         SoftLabelsError: whatever is wrong, before the teacher runs where that can be known.
+        MismatchError: a rollback took out rows that the run has committed; they do not come back.
         TryAgainError: it was told to stop; the same call goes on.
     """
     began = time.monotonic()
-    progress = progress or Progress()
+    progress, sharing = progress or Progress(), sharing or Sharing()
     threads = None if isinstance(spec, ImportSpec) else spec.threads
     with torch_threads(threads), stop_on_signal() as stopped:
         planning = _planning(progress, stopped)
         run, annotator = prepare(spec, planning)
         labeller = Labeller(run, annotator)
         table = labeller.table()
-        todo = [unit for unit in run.units if table is None or not table.committed(unit.key)]
+        left = [unit for unit in run.units if table is None or not table.committed(unit.key)]
+        mine = set(sharing.mine(run.units))
+        todo = [unit for unit in left if unit in mine]
         found = scan(run, planning) if todo else None
         if table is None:
             # A spec that fails at once must not leave a table that its correction does not fit.
             labeller.rehearse(annotator.rehearsal)
             table = Table.open_or_create(spec.table, labeller.schema, run.contents)
         report = Report(table.root.uri, table.version, run.id, units=len(run.units))
+        report.left = len(left)
         report.skipped = dict(run.source.skipped)
-        report.already = sum(f.num_rows for f in table.files if f.unit.startswith(run.id[:16]))
+        report.already = _already(run, table)
         if found is not None:
             report.repeated, report.relabelled = len(found.repeated), found.relabelled
-            progress.planned(sum(unit.stop - unit.start for unit in todo))
-            worker = _Worker(labeller, table, found, progress, report)
-            for unit in todo:
-                worker.label(unit, stopped)
-            report.version = worker.table.version
-    report.seconds = round(time.monotonic() - began, 3)
+        try:
+            progress.reported(report)
+            if left:
+                _record(labeller, table)
+            if found is not None:
+                progress.planned(sum(unit.stop - unit.start for unit in todo))
+                worker = Worker(labeller, table, found, progress, report, stopped)
+                sharing.work(worker, todo, run.id)
+                table = worker.table
+            report.left = sum(not table.committed(unit.key) for unit in left)
+            claims.sweep(table.root, run.id[:16], lambda unit: table.committed(f"{run.id}/{unit}"))
+            _look_for_missing(run, table, found, report, planning)
+        finally:
+            report.seconds = round(time.monotonic() - began, 3)
+            progress.reported(report)
     return report
 
 
@@ -115,95 +90,76 @@ def _planning(progress: Progress, stopped: Callable[[], bool]) -> Callable[[int]
     return scanned
 
 
-class _Overtaken(Exception):
-    """Another run labelled some of a unit's examples while the teacher was at them."""
+def _record(labeller: Labeller, table: Table) -> None:
+    """Says what the run sets out to do, so that others know whether it is finished."""
+    run = labeller.run
+    said = labeller.lineage([], 0, "", 0.0)
+    record_run(
+        table.root,
+        RunRecord(
+            run_id=run.id,
+            units=len(run.units),
+            rows=run.source.num_rows,
+            spec=said.spec,
+            source=said.source,
+            started_at=datetime.now(UTC).isoformat(timespec="microseconds"),
+        ),
+    )
 
 
-class _Worker:
-    def __init__(
-        self, labeller: Labeller, table: Table, found: Scan, progress: Progress, report: Report
-    ) -> None:
-        self.table = table
-        self._labeller = labeller
-        self._found = found
-        self._progress = progress
-        self._report = report
-        self._elsewhere: Keys = np.zeros(0, np.uint64)
-        self._looked_at: set[str] = set()
-        self._bytes_per_row = 0.0
-        self._learn(table)
-
-    def label(self, unit: Unit, stopped: Callable[[], bool]) -> None:
-        """Labels and commits one unit, again where another run was quicker with some of it."""
-        # Another process at the same run may have done it since this one began.
-        while not self.table.committed(unit.key) and not self._attempt(unit, stopped):
-            pass
-
-    def _attempt(self, unit: Unit, stopped: Callable[[], bool]) -> bool:
-        keep, already = self._wanted(unit)
-        started_at, began = _now(), time.monotonic()
-        shard = self._shard(unit, keep, stopped)
-        stored = self.table.store_shard(unit.key, unit.name, shard)
-        seconds = time.monotonic() - began
-        lineage = self._labeller.lineage([unit], shard.num_rows, started_at, seconds)
-        keys = self._found.keys[unit.start : unit.stop][keep]
-        try:
-            self.table = self.table.commit([stored], lineage, lambda now: self._guard(now, keys))
-        except _Overtaken:
-            if stored.path is not None:
-                self.table.root.delete(stored.path)
-            return False
-        if stored.path is None or any(file.path == stored.path for file in self.table.files):
-            self._report.committed += 1
-            self._report.rows += shard.num_rows
-            self._report.already += already
-        return True
-
-    def _shard(
-        self, unit: Unit, keep: npt.NDArray[np.bool_], stopped: Callable[[], bool]
-    ) -> shards.Shard:
-        writer = self._labeller.writer(unit)
-        self._progress.done(int((~keep).sum()), self._bytes_per_row)
-
-        def advance(rows: int) -> None:
-            self._progress.done(rows, self._bytes_per_row)
-            if stopped():
-                raise TryAgainError(
-                    f"stopped by a signal: {self._report.committed} units were committed, "
-                    "run the same command to go on"
-                )
-
-        for batch in self._labeller.label(unit, keep, advance):
-            writer.write(batch)
-        shard = writer.close()
-        self._bytes_per_row = len(shard.data) / max(shard.num_rows, 1)
-        return shard
-
-    def _wanted(self, unit: Unit) -> tuple[npt.NDArray[np.bool_], int]:
-        keep = np.ones(unit.stop - unit.start, bool)
-        repeated = self._found.repeated
-        inside = repeated[(repeated >= unit.start) & (repeated < unit.stop)]
-        keep[inside - unit.start] = False
-        here = np.isin(self._found.keys[unit.start : unit.stop], self._elsewhere)
-        return keep & ~here, int((keep & here).sum())
-
-    def _guard(self, newest: Table, keys: Keys) -> None:
-        self._learn(newest)
-        if np.isin(keys, self._elsewhere).any():
-            raise _Overtaken
-
-    def _learn(self, table: Table) -> None:
-        # Rows of other runs: this run's own are told apart by their units' keys.
-        new = [
-            file
-            for file in table.files
-            if file.path not in self._looked_at
-            and not file.unit.startswith(self._labeller.run.id[:16])
-        ]
-        keys = [row_keys(batch) for batch in table.batches(["example_id", "view"], new)]
-        self._elsewhere = np.concatenate([self._elsewhere, *keys])
-        self._looked_at |= {file.path for file in new}
+def _already(run: Run, table: Table) -> int:
+    """Rows that this run has put into the table and that are there."""
+    if any(file.compacted for file in table.files):
+        return _labelled(run, table)
+    return sum(f.num_rows for f in table.files if f.unit.startswith(run.id[:16]))
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _labelled(run: Run, table: Table) -> int:
+    """Rows that this run has put into the table, whether they are there or not."""
+    done = (commit["run"] for commit in table.history())
+    return sum(one.num_rows for one in done if one is not None and one.run_id == run.id)
+
+
+def _look_for_missing(
+    run: Run, table: Table, found: Scan | None, report: Report, advance: Callable[[int], None]
+) -> None:
+    """Compares what the run has committed with what the newest version has.
+
+    Units are committed once and for all. Where a rollback has taken their rows out, the table does
+    not have what the run was asked for, and this command will never mend it. Rows that were deleted
+    for good are meant to be gone.
+    """
+    files = {file.unit for file in table.files}
+    gone = [u for u in run.units if u.name not in files and table.committed(u.key)]
+    # A unit without a file may have had no rows, or be in a compacted file.
+    changes = _changes(run, table) if gone else []
+    if not changes:
+        return
+    found = scan(run, advance) if found is None else found
+    lacking = np.zeros(len(found.keys), bool)
+    for unit in gone:
+        lacking[unit.start : unit.stop] = True
+    lacking[found.repeated] = False
+    for batch in table.batches(["example_id", "view"]):
+        lacking &= ~np.isin(found.keys, row_keys(batch))
+    deleted = lacking & np.isin(found.keys, deleted_keys(table.root))
+    report.missing = int((lacking & ~deleted).sum())
+    if report.missing:
+        raise MismatchError(
+            f"{report.missing} rows of this run's committed units are not in version "
+            f"{table.version} of {report.table!r} (newest first: {', '.join(changes[:3])}); "
+            "committed units are not labelled again: roll back to a version that has these rows, "
+            "or give another shard_rows, which makes a new run of what is absent"
+        )
+
+
+def _changes(run: Run, table: Table) -> list[str]:
+    """What has taken rows out since the run began, newest first."""
+    found, first = [], table.version
+    for commit in table.history():
+        change, done = commit["change"], commit["run"]
+        if change is not None and change.operation in ("delete", "rollback"):
+            found.append((commit["version"], change.operation))
+        if done is not None and done.run_id == run.id:
+            first = commit["version"]
+    return [f"{what} at version {version}" for version, what in found if version > first]

@@ -5,10 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from softlabels.errors import BadInputError, DataError, one_line
+from softlabels.errors import BadInputError
 from softlabels.fingerprint import sha256_bytes, sha256_stream
 from softlabels.storage import Root, find_files, storage_errors
 from softlabels.teacher.records import (
@@ -25,7 +22,7 @@ from softlabels.teacher.records import (
     require_same,
     require_type,
 )
-from softlabels.teacher.source import Source, open_files
+from softlabels.teacher.source import Source, open_files, open_parquet
 from softlabels.teacher.spec import TextSpec
 
 __all__ = ["Document", "RawFiles", "Skipped", "open_documents"]
@@ -163,8 +160,4 @@ def _open_parquet(
 
 
 def _parquet_names(root: Root, path: str) -> list[str]:
-    try:
-        return list(pq.ParquetFile(pa.BufferReader(root.buffer(path))).schema_arrow.names)
-    except (pa.ArrowException, OSError) as error:
-        reason = one_line(error)
-        raise DataError(f"source file {path!r} is not a whole Parquet file: {reason}") from error
+    return list(open_parquet(root, path).schema_arrow.names)

@@ -161,6 +161,7 @@ class Labeller:
 def _carried(batch: pa.RecordBatch, field: pa.Field) -> pa.Array:
     try:
         values = batch[field.name].cast(field.type)
+        values.validate(full=True)  # that text is UTF-8
     except pa.ArrowInvalid as error:
         reason = one_line(error)
         raise DataError(

@@ -122,7 +122,7 @@ def load_weights(module: nn.Module, path: str) -> None:
         raise BadInputError(f"there is no weights file {path!r}")
     try:
         found = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
         raise BadInputError(
             f"{path!r} is not a whole safetensors file: {_one_line(error)}"
         ) from error

@@ -12,6 +12,7 @@ import pyarrow as pa
 from softlabels.errors import BadInputError, DataError, one_line
 from softlabels.schema import portable_type
 from softlabels.storage import Root, storage_errors
+from softlabels.teacher.lines import TOO_LONG, read_lines
 from softlabels.teacher.source import Source
 
 PLACES = 5
@@ -171,11 +172,12 @@ def json_records(
     """
     digest = hashlib.sha256()
     with root.open(path) as stream, storage_errors("read", path):
-        for number, line in enumerate(stream, 1):
-            digest.update(line)
+        for number, line in enumerate(read_lines(stream, digest.update), 1):
             place = f"line {number} of {path!r}"
-            text = decode(line)
-            if text is None:
+            text = "" if line is None else decode(line)
+            if line is None:
+                skipped.add(TOO_LONG, place)
+            elif text is None:
                 skipped.add(INVALID_TEXT, place)
             elif not text.strip():
                 skipped.add(EMPTY, place)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from softlabels.errors import DataError
+from softlabels.errors import DataError, one_line
 from softlabels.fingerprint import key64, sha256_json
 from softlabels.lineage import Contents
 from softlabels.schema import FORMAT_VERSION
@@ -210,6 +210,7 @@ def scan(run: Run, advance: Callable[[int], None] = lambda rows: None) -> Scan:
     row = 0
     for batch in run.source.batches(0, rows, columns):
         part = slice(row, row + batch.num_rows)
+        _require_text(run, batch, row)
         names = example_ids(run, batch, row)
         keys[part] = [key64(name, 0) for name in names]
         if spec.example_id is not None:
@@ -246,6 +247,16 @@ def content_digests(run: Run, batch: pa.RecordBatch, first_row: int) -> list[str
             raise DataError(f"{run.source.locate(row)}: column {name!r} is null")
     columns = [batch[name].to_pylist() for name in content]
     return [_digest(values) for values in zip(*columns, strict=True)]
+
+
+def _require_text(run: Run, batch: pa.RecordBatch, first_row: int) -> None:
+    for name in batch.schema.names:
+        try:
+            batch[name].validate(full=True)  # Arrow itself does not look at a file's text
+        except pa.ArrowException as error:
+            raise DataError(
+                f"column {name!r} at or after {run.source.locate(first_row)}: {one_line(error)}"
+            ) from error
 
 
 def _digest(values: tuple[Any, ...]) -> str:

@@ -6,12 +6,11 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from softlabels.errors import BadInputError, DataError, IntegrityError, one_line
 from softlabels.fingerprint import sha256_bytes, sha256_json, sha256_stream
+from softlabels.parquet import UNREADABLE, Parquet
 from softlabels.storage import Root, find_files
-from softlabels.store import shards
 
 READ_ROWS = 4_096
 READ_BYTES = 8 << 20
@@ -123,13 +122,20 @@ def _require_columns(
             )
 
 
-def _open(root: Root, path: str) -> tuple[pq.ParquetFile, str]:
-    data = root.buffer(path)
+def open_parquet(root: Root, path: str) -> Parquet:
+    """A Parquet file of somebody's; raises DataError where it is none, or not a whole one."""
     try:
-        return pq.ParquetFile(pa.BufferReader(data)), sha256_bytes(shards.footer(memoryview(data)))
-    except (pa.ArrowException, OSError, IntegrityError) as error:
+        parquet = Parquet(root.buffer(path))
+        parquet.schema_arrow  # noqa: B018 - what it says of types may be damaged too
+        return parquet
+    except (*UNREADABLE, IntegrityError) as error:
         reason = one_line(error)
         raise DataError(f"source file {path!r} is not a whole Parquet file: {reason}") from error
+
+
+def _open(root: Root, path: str) -> tuple[Parquet, str]:
+    parquet = open_parquet(root, path)
+    return parquet, sha256_bytes(parquet.footer)
 
 
 def _read(
@@ -145,7 +151,7 @@ def _read(
     groups = [g for g, end in enumerate(ends) if end > low and end - counts[g] < high]
     row = int(ends[groups[0]] - counts[groups[0]])
     try:
-        size = _rows_at_once(parquet.metadata, groups, columns)
+        size = parquet.rows_at_once(groups, columns, READ_ROWS, READ_BYTES)
         for batch in parquet.iter_batches(size, row_groups=groups, columns=list(columns)):
             begin, end = max(low - row, 0), min(high - row, batch.num_rows)
             row += batch.num_rows
@@ -153,16 +159,6 @@ def _read(
                 part = batch.slice(begin, end - begin)
                 # Only names and types: files may differ in metadata and in what may be null.
                 yield pa.RecordBatch.from_arrays([part[n] for n in columns], names=list(columns))
-    except (pa.ArrowException, OSError) as error:
+    except (*UNREADABLE, IntegrityError) as error:
         reason = one_line(error)
         raise DataError(f"source file {file.path!r} is damaged: {reason}") from error
-
-
-def _rows_at_once(metadata: pq.FileMetaData, groups: Sequence[int], columns: Sequence[str]) -> int:
-    largest = 0
-    for group in map(metadata.row_group, groups):
-        chunks = (group.column(index) for index in range(group.num_columns))
-        read = (c for c in chunks if c.path_in_schema.split(".")[0] in columns)
-        size = sum(chunk.total_uncompressed_size for chunk in read)
-        largest = max(largest, size // max(group.num_rows, 1))
-    return max(1, min(READ_ROWS, READ_BYTES // max(largest, 1)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -16,8 +17,10 @@ import pytest
 import yaml
 
 from softlabels.cli import main
+from softlabels.cli.outcome import MetricsFile
 from softlabels.store.inspect import verify
 from softlabels.store.table import Table
+from softlabels.teacher.labeller import Labeller
 from tests.teacher.jobs import TOYS, rows_table, settings, stored, write_source
 from tests.teacher.toys import NAN_AT
 
@@ -71,6 +74,15 @@ def errors(stderr: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(("plan ", "label "))]
 
 
+def failed(out: str, code: int) -> dict[str, Any]:
+    """What the only line of stdout says of a failure."""
+    assert out.count("\n") == 1
+    found: dict[str, Any] = json.loads(out)
+    assert found["exit"] == code
+    assert found["error"]
+    return found
+
+
 def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     """Starts a command in a process of its own."""
     return subprocess.Popen(
@@ -89,24 +101,31 @@ def test_a_capture_says_what_it_made_and_then_that_nothing_is_left(folder: Path,
     code, out, err = cli("capture", job)
     assert code == 0
     assert errors(err) == []
-    assert out.splitlines() == [
+    *lines, last = out.splitlines()
+    assert lines == [
         "2 source rows repeat an example and were labelled once"
         " (0 of them with another hard label)",
         f"{folder}/table@3: 105 rows labelled, 0 before",
     ]
+    found = json.loads(last)
+    assert (found["rows"], found["committed"], found["exit"]) == (105, 3, 0)
     code, out, err = cli("capture", job)
     assert code == 0
-    assert out.splitlines() == [
+    *lines, last = out.splitlines()
+    assert lines == [
         "nothing left to label: all 3 units were there",
         f"{folder}/table@3: 0 rows labelled, 105 before",
     ]
+    assert json.loads(last)["exit"] == 0
 
 
 def test_json(folder: Path, cli: Cli) -> None:
     code, out, _ = cli("capture", write_job(folder), "--json", "--set", "shard_rows=100")
+    assert out.count("\n") == 1
     found = json.loads(out)
     assert code == 0
     assert found.pop("seconds") > 0
+    assert found.pop("bytes") == sum(f.size for f in Table.open(f"{folder}/table").files)
     assert len(found.pop("run_id")) == 64
     assert found == {
         "table": f"{folder}/table",
@@ -117,7 +136,11 @@ def test_json(folder: Path, cli: Cli) -> None:
         "relabelled": 0,
         "units": 1,
         "committed": 1,
+        "left": 0,
+        "deleted": 0,
+        "missing": 0,
         "skipped": {},
+        "exit": 0,
     }
 
 
@@ -157,9 +180,8 @@ def test_mistakes_are_one_line(
 ) -> None:
     found, out, err = cli("capture", write_job(folder, **changes))
     assert found == code
-    assert out == ""
     (line,) = errors(err)
-    assert line.startswith("error: ")
+    assert line == f"error: {failed(out, code)['error']}"
     for word in words:
         assert word in line
     assert not (folder / "table").exists()
@@ -185,7 +207,8 @@ def test_nan_logits_name_the_example_and_keep_what_was_done(folder: Path, cli: C
     job = write_job(folder, teacher={"module": f"{TOYS}:Sick"})
     for _ in range(2):
         code, out, err = cli("capture", job)
-        assert (code, out) == (1, "")
+        assert code == 1
+        assert failed(out, 1)["units"] == 3
         (line,) = errors(err)
         assert "'row00100'" in line
         assert Table.open(str(folder / "table")).num_rows == 80
@@ -195,7 +218,8 @@ def test_another_k_on_the_same_table_is_refused(folder: Path, cli: Cli) -> None:
     job = write_job(folder)
     assert cli("capture", job)[0] == 0
     code, out, err = cli("capture", job, "--set", "k=2")
-    assert (code, out) == (1, "")
+    assert code == 1
+    failed(out, 1)
     (line,) = errors(err)
     assert "k differs: the run has 2" in line
     assert "has 3" in line
@@ -207,7 +231,8 @@ def test_a_table_below_a_file_cannot_be_made(folder: Path, cli: Cli) -> None:
     (folder / "file").write_text("here")
     for place in ("file", "file/table"):
         code, out, err = cli("capture", write_job(folder, table=str(folder / place)))
-        assert (code, out) == (1, "")
+        assert code == 1
+        failed(out, 1)
         (line,) = errors(err)
         assert str(folder / place) in line
     assert (folder / "file").read_text() == "here"
@@ -230,12 +255,13 @@ def test_a_signal_ends_it_with_75_and_the_same_command_completes(folder: Path, c
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert out == ""
+    found = failed(out, 75)
     (line,) = errors(err)
     assert "run the same command to go on" in line
     rows = Table.open(str(folder / "table")).num_rows
     assert 0 < rows < 100
     assert rows % 10 == 0
+    assert found["rows"] == rows
     code, out, _ = cli("capture", job, "--json")
     assert code == 0
     found = json.loads(out)
@@ -256,7 +282,7 @@ def test_a_full_disk_loses_nothing(folder: Path, cli: Cli) -> None:
     process = start("capture", job, preexec_fn=lambda: limit_file_size(50_000))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
-    assert out == ""
+    assert failed(out, 1)["rows"] == 40
     (line,) = errors(err)
     assert "File too large" in line
     table = Table.open(str(folder / "table"))
@@ -264,7 +290,7 @@ def test_a_full_disk_loses_nothing(folder: Path, cli: Cli) -> None:
     assert not list((folder / "table").rglob("*.tmp"))
     code, out, _ = cli("capture", job)
     assert code == 0
-    assert out.endswith("60 rows labelled, 40 before\n")
+    assert out.splitlines()[-2].endswith("60 rows labelled, 40 before")
     assert verify(Table.open(str(folder / "table")))["problems"] == []
 
 
@@ -273,7 +299,7 @@ def test_a_disk_without_room_for_the_log(folder: Path) -> None:
     process = start("capture", job, preexec_fn=lambda: limit_file_size(500))
     out, err = process.communicate(timeout=60)
     assert process.returncode in (1, 75), err
-    assert out == ""
+    failed(out, process.returncode)
     (line,) = errors(err)
     assert str(folder / "table") in line
 
@@ -297,3 +323,216 @@ def test_runs_that_share_examples_race_on_one_table(folder: Path) -> None:
     assert sum(report["rows"] for report in reports) == 150
     assert len({report["run_id"] for report in reports}) == 2
     assert verify(Table.open(str(folder / "table")))["problems"] == []
+
+
+def test_the_last_line_is_json_also_when_something_breaks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such\nluck")
+
+    monkeypatch.setattr("softlabels.teacher.capture.prepare", broken)
+    monkeypatch.setattr(sys, "argv", ["softlabels", "capture", str(write_job(folder))])
+    with pytest.raises(RuntimeError):  # ours to mend: a traceback, and exit 1
+        main()
+    assert failed(capsys.readouterr().out, 1) == {"exit": 1, "error": "no such\nluck"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--shard", "2/2"], "from 0 to n - 1"),
+        (["--shard", "half"], "expected i/n"),
+        (["--shard", "0/2", "--claim"], "not both"),
+        (["--no-wait"], "goes with claim"),
+        (["--claim", "--lease", "0"], "expected 1 to 3600 seconds"),
+    ],
+)
+def test_sharing_that_cannot_be_meant(
+    folder: Path, cli: Cli, options: list[str], words: str
+) -> None:
+    code, out, err = cli("capture", write_job(folder), *options)
+    assert code == 2
+    assert words in failed(out, 2)["error"]
+    assert len(errors(err)) == 1
+    assert not (folder / "table").exists()
+
+
+def test_a_dry_run_is_of_the_whole_run(folder: Path, cli: Cli) -> None:
+    code, out, err = cli("capture", write_job(folder), "--dry-run", "--shard", "0/2")
+    assert (code, out) == (2, "")
+    assert "leave out --shard" in errors(err)[0]
+
+
+def test_shards_by_hand(folder: Path, cli: Cli) -> None:
+    job = write_job(folder)
+    code, out, _ = cli("capture", job, "--shard", "0/2")
+    *lines, last = out.splitlines()
+    assert lines == [
+        "1 of 3 units are left to other workers",
+        f"{folder}/table@2: 60 rows labelled, 0 before",
+    ]
+    assert (code, json.loads(last)["left"]) == (0, 1)
+    code, out, _ = cli("capture", job, "--claim", "--json")
+    found = json.loads(out)
+    assert (found["rows"], found["already"], found["left"], found["exit"]) == (40, 60, 0, 0)
+
+
+def metrics(file: Path) -> dict[str, float]:
+    """Numbers of a file in Prometheus text format, which is checked on the way."""
+    found, announced = {}, ""
+    for line in file.read_text().splitlines():
+        if line.startswith("# TYPE "):
+            announced = line.split()[2]
+            assert line == f"# TYPE {announced} gauge"
+        elif not line.startswith("# HELP "):
+            match = re.fullmatch(r'(\w+)\{spec="([^"]*)",file="([^"]*)"\} (\S+)', line)
+            assert match, line
+            assert match[1] == announced
+            assert match[3] == file.stem
+            found[match[1].removeprefix("softlabels_capture_")] = float(match[4])
+    return found
+
+
+def test_metrics_of_good_and_bad_ends(folder: Path, cli: Cli) -> None:
+    file, began = folder / "prom" / "job.prom", time.time()
+    job = write_job(folder)
+    assert cli("capture", job, "--metrics-file", file)[0] == 0
+    found = metrics(file)
+    table = Table.open(f"{folder}/table")
+    assert found.pop("seconds") > 0
+    success = found.pop("last_success_timestamp_seconds")
+    assert began <= success <= time.time()
+    assert found == {
+        "rows": 100,
+        "already": 0,
+        "units": 3,
+        "committed": 3,
+        "left": 0,
+        "missing": 0,
+        "bytes": sum(f.size for f in table.files),
+        "running": 0,
+        "exit_code": 0,
+    }
+    # A failure does not make the last success forgotten, and numbers of before are not its own.
+    assert cli("capture", job, "--set", "k=2", "--metrics-file", file)[0] == 1
+    found = metrics(file)
+    assert found.pop("seconds") > 0
+    assert found == {"running": 0, "exit_code": 1, "last_success_timestamp_seconds": success}
+    assert cli("capture", job, "--set", "nonsense=2", "--metrics-file", file)[0] == 2
+    assert metrics(file)["exit_code"] == 2
+    assert [path.name for path in file.parent.iterdir()] == ["job.prom"]
+
+
+def test_metrics_as_json(folder: Path, cli: Cli) -> None:
+    file = folder / "job.json"
+    job = write_job(folder)
+    for _ in range(2):
+        assert cli("capture", job, "--metrics-file", file)[0] == 0
+    found = json.loads(file.read_text())
+    assert (found["spec"], found["table"], found["version"]) == (str(job), f"{folder}/table", 3)
+    assert (found["rows"], found["already"], found["exit_code"]) == (0, 100, 0)
+    success = found["last_success_timestamp_seconds"]
+    assert cli("capture", job, "--set", "k=2", "--metrics-file", file)[0] == 1
+    found = json.loads(file.read_text())
+    assert (found["exit_code"], found["last_success_timestamp_seconds"]) == (1, success)
+
+
+def test_metrics_while_it_runs_and_after_a_signal(
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softlabels.cli.outcome.SECONDS_BETWEEN", 0.0)
+    file, seen = folder / "job.prom", []
+    label = Labeller.label
+
+    def peek(self: Labeller, *arguments: Any) -> Any:
+        seen.append(metrics(file))
+        if len(seen) == 3:  # the first is the rehearsal
+            os.kill(os.getpid(), signal.SIGTERM)
+        return label(self, *arguments)
+
+    monkeypatch.setattr(Labeller, "label", peek)
+    assert cli("capture", write_job(folder), "--metrics-file", file)[0] == 75
+    assert [one["running"] for one in seen] == [1, 1, 1]
+    assert "exit_code" not in seen[0]
+    assert (seen[2]["rows"], seen[2]["committed"]) == (40, 1)
+    last = metrics(file)
+    assert (last["running"], last["exit_code"], last["rows"]) == (0, 75, 40)
+    assert "last_success_timestamp_seconds" not in last
+
+
+def test_metrics_that_cannot_be_written_are_said_before_any_work(folder: Path, cli: Cli) -> None:
+    (folder / "file").write_text("here")
+    code, out, err = cli("capture", write_job(folder), "--metrics-file", folder / "file" / "x.prom")
+    assert code == 1
+    assert str(folder / "file") in failed(out, 1)["error"]
+    assert len(errors(err)) == 1
+    assert not (folder / "table").exists()
+
+
+def test_metrics_that_cannot_be_written_any_more_stop_no_work(
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softlabels.cli.outcome.SECONDS_BETWEEN", 0.0)
+    file = folder / "metrics" / "job.prom"
+    label = Labeller.label
+
+    def block(self: Labeller, *arguments: Any) -> Any:
+        if file.is_file():
+            file.unlink()
+            file.mkdir()
+        return label(self, *arguments)
+
+    monkeypatch.setattr(Labeller, "label", block)
+    code, out, err = cli("capture", write_job(folder), "--metrics-file", file)
+    assert (code, json.loads(out.splitlines()[-1])["rows"]) == (0, 100)
+    assert "metrics: cannot write" in err
+
+
+def test_labels_are_escaped(tmp_path: Path) -> None:
+    file = tmp_path / "a.prom"
+    MetricsFile(file, 'a"b\\c\nd')
+    (line,) = {line.partition("{")[2].partition("}")[0] for line in lines_of(file)}
+    assert line == r'spec="a\"b\\c\nd",file="a"'
+
+
+def lines_of(file: Path) -> list[str]:
+    return [line for line in file.read_text().splitlines() if not line.startswith("#")]
+
+
+def test_a_signal_before_the_work_begins_ends_it_with_75(folder: Path) -> None:
+    job = write_job(folder)
+    process = start("capture", job)
+    # As early as Python can hear it: the interpreter starts, then libraries are loaded.
+    wait_until_it_listens(process.pid)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    failed(out, 75)
+    assert not (folder / "table").exists()
+
+
+def wait_until_it_listens(pid: int) -> None:
+    """Waits until a process has a handler for SIGTERM."""
+    deadline = time.monotonic() + 60
+    while True:
+        status = Path(f"/proc/{pid}/status").read_text()
+        caught = int(status.split("SigCgt:")[1].split()[0], 16)
+        if caught >> (signal.SIGTERM - 1) & 1:
+            return
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_the_exit_code_is_right_when_nobody_listens(folder: Path, stream: str) -> None:
+    job = write_job(folder)
+    for changes, code in (([], 0), (["--set", "k=99"], 2)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: writer}
+        command = [sys.executable, "-m", "softlabels", "capture", str(job), *changes]
+        done = subprocess.run(command, check=False, cwd=ROOT, **streams)  # type: ignore[call-overload]
+        os.close(writer)
+        assert done.returncode == code
+    assert Table.open(f"{folder}/table").num_rows == 100

@@ -1,4 +1,4 @@
-"""log, show, tag and verify as a user meets them: exit codes, JSON, one-line errors."""
+"""What a user meets of versions: log, show, tag, verify, rollback and vacuum, and their errors."""
 
 import io
 import json
@@ -16,8 +16,10 @@ from softlabels.cli import main
 from softlabels.lineage import TeacherLineage
 from softlabels.schema import table_schema
 from softlabels.store.table import Table
+from softlabels.teacher.capture import capture
 from tests.store.markov import causal, chain, make_language, walk, write
 from tests.tables import make_contents, make_table
+from tests.teacher.jobs import make_spec, settings, write_source
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,23 @@ def test_log_lists_commits_newest_first(home: Path) -> None:
     assert len(commits[0]["run"]["units"]) == 2
     assert commits[1]["run"] is None
     shown = run("log", "labels", cwd=home).stdout.splitlines()
-    assert shown[0].split() == ["version", "when", "operation", "run", "units", "rows"]
-    assert shown[1].split()[-2:] == ["2", "40"]
+    columns = "version when made by id what teacher added rows files seconds tags"
+    assert shown[0].split() == columns.split()
+    assert shown[1].split()[3:] == [
+        "capture",
+        "000000000000",
+        "2",
+        "units",
+        "+40",
+        "40",
+        "2",
+        "0.0",
+    ]
+    assert shown[2].split()[3:] == ["create", "+0", "0", "0"]
+    assert (commits[0]["rows"], commits[0]["added"], commits[0]["made_by"]) == (40, 40, "capture")
+    assert (commits[0]["files"], commits[0]["change"], commits[0]["vacuumed"]) == (2, None, False)
+    assert [c["version"] for c in as_json("log", "labels", "--limit", "1", cwd=home)] == [1]
+    run("log", "labels", "--limit", "-1", cwd=home, code=2)
     assert [c["version"] for c in as_json("log", "labels@0", cwd=home)] == [0]
 
 
@@ -109,7 +126,150 @@ def test_a_tag_is_made_once_listed_and_opens_its_version(home: Path) -> None:
     assert "tags never move" in error_of("tag", "labels@0", "v1", cwd=home)
     assert "tag name '12'" in error_of("tag", "labels", "12", cwd=home)
     assert "has no tag 'v2' (tags: v1)" in error_of("show", "labels@v2", cwd=home)
-    assert run("tag", "labels@0", cwd=home).stdout.split()[-4:-2] == ["v1", "1"]
+    header, line = run("tag", "labels@0", cwd=home).stdout.splitlines()
+    assert header.split() == ["name", "version", "made_at", "plan", "snapshot_digest"]
+    assert line.split() == ["v1", "1", made["made_at"], made["snapshot_digest"]]
+    assert run("log", "labels", cwd=home).stdout.splitlines()[1].split()[-1] == "v1"
+
+
+def test_tags_are_deleted_by_name_and_it_says_what_that_frees(home: Path) -> None:
+    for name in ("v1", "plan-0123456789abcdef", "v2"):
+        run("tag", "labels", name, cwd=home)
+    listed = as_json("tag", "labels", cwd=home)
+    assert [line["plan"] for line in listed] == ["0123456789abcdef", None, None]
+    for wrong in ("v*", "v3"):
+        error_of("tag", "labels", "--delete", "v1", "--delete", wrong, cwd=home)
+    assert "expected TABLE and names alone" in error_of(
+        "tag", "labels@1", "--delete", "v1", cwd=home
+    )
+    error_of("tag", "labels", "v9", "--delete", "v1", cwd=home)
+    assert len(as_json("tag", "labels", cwd=home)) == 3
+    both = ("--delete", "v1", "--delete", "plan-0123456789abcdef")
+    lines = run("tag", "labels", *both, cwd=home).stdout.splitlines()
+    assert lines[0] == "v1: deleted; version 1 is still kept by v2"
+    assert lines[1].endswith("version 1 is still kept by v2")
+    (gone,) = as_json("tag", "labels", "--delete", "v2", cwd=home)
+    assert gone == {"deleted": "v2", "version": 1, "other_tags": []}
+    assert run("tag", "labels", cwd=home).stdout == "(no rows)\n"
+    (home / "labels" / "_softlabels" / "tags" / "bad.json").write_text("{")
+    assert "damaged" in run("tag", "labels", cwd=home).stdout
+    assert "version is not known" in run("tag", "labels", "--delete", "bad", cwd=home).stdout
+
+
+def test_verify_of_a_sample_says_what_it_did_not_read(home: Path) -> None:
+    lines = run("verify", "labels", "--sample", "1", "--seed", "3", cwd=home).stdout.splitlines()
+    assert lines[0].startswith("a sample by seed 3: 1 of 2 files, 20 of 40 rows, ")
+    assert lines[-1] == f"{home / 'labels'}@1: 1 files, 20 rows, 0 problems"
+    assert as_json("verify", "labels", "--sample", "1", cwd=home)["sample"]["of_files"] == 2
+    run("verify", "labels", "--sample", "0", cwd=home, code=2)
+    assert "--all reads every file" in error_of(
+        "verify", "labels", "--all", "--sample", "1", cwd=home
+    )
+
+
+def test_verify_all_looks_at_every_tagged_version(home: Path) -> None:
+    run("tag", "labels@0", "start", cwd=home)
+    report = as_json("verify", "labels@0", "--all", cwd=home)
+    assert [one["version"] for one in report["versions"]] == [1, 0]
+    lines = run("verify", "labels", "--all", cwd=home).stdout.splitlines()
+    assert lines == [
+        "version 1: 2 files, 40 rows, 0 problems",
+        "version 0 (start): 0 files, 0 rows, 0 problems",
+        f"{home / 'labels'}: 2 versions, 2 files, 40 rows, 0 problems",
+    ]
+    (home / "labels" / Table.open(str(home / "labels")).files[0].path).unlink()
+    assert len(as_json("verify", "labels", "--all", cwd=home, code=1)["problems"]) == 1
+
+
+def test_verify_asks_the_teacher_again(tmp_path: Path) -> None:
+    values = settings(tmp_path)
+    write_source(tmp_path / "src" / "a.parquet", 0, 50)
+    (tmp_path / "job.yaml").write_text(json.dumps(values))
+    capture(make_spec(tmp_path))
+    found = as_json("verify", "table", "--rescore", "job.yaml", cwd=tmp_path)
+    assert (found["rescore"]["rows"], found["problems"]) == (50, [])
+    lines = run(
+        "verify", "table", "--sample", "1", "--rescore", "job.yaml", "--seed", "1", cwd=tmp_path
+    ).stdout.splitlines()
+    assert lines[0] == "labelled again by seed 1: 50 of 50 rows, 50 positions"
+    assert lines[1].startswith("max |difference of log p| ")
+    assert lines[-1].endswith("0 problems")
+    strict = ("--rescore", "job.yaml", "--tolerance", "0", "--rows", "16")
+    assert as_json("verify", "table", *strict, cwd=tmp_path)["rescore"]["tolerance"] == 0
+    values["teacher"]["module"] = "tests.teacher.toys:RowByRow"
+    (tmp_path / "job.yaml").write_text(json.dumps(values))
+    line = error_of("verify", "table", "--rescore", "job.yaml", cwd=tmp_path, code=1)
+    assert "teacher differs" in line
+    values["teacher"]["module"] = "tests.teacher.toys:Linear"
+    (tmp_path / "job.yaml").write_text(json.dumps(values))
+    for file in Table.open(str(tmp_path / "table")).files:
+        path = tmp_path / "table" / file.path
+        path.write_bytes(path.read_bytes()[:-50])
+    problems = as_json("verify", "table", "--rescore", "job.yaml", cwd=tmp_path, code=1)["problems"]
+    assert len(problems) == 3
+    assert problems[-1].startswith("rows were not labelled again: ")
+
+
+def test_rollback_says_what_goes_and_what_to_do(home: Path) -> None:
+    uri = str(home / "labels")
+    dry = run("rollback", "labels@0", "--dry-run", cwd=home).stdout.splitlines()
+    assert dry[0] == "0 files come back, 2 go; 40 rows -> 0"
+    assert dry[-1] == f"{uri}: a new version would hold what version 0 holds"
+    assert Table.open(uri).version == 1
+    lines = run("rollback", "labels@0", cwd=home).stdout.splitlines()
+    assert lines[1].startswith("2 units of run 000000000000 go and stay committed")
+    assert lines[2].startswith("for their rows go back to version 1; for new labels ")
+    assert lines[-1] == f"{uri}@2: 0 rows, as at version 0"
+    again = run("rollback", "labels@0", cwd=home).stdout
+    assert again == f"{uri}@2: holds what version 0 holds already, nothing was done\n"
+    run("tag", "labels@1", "v1", cwd=home)
+    found = as_json("rollback", "labels@v1", cwd=home)
+    assert (found["version"], found["rows_after"], found["dry_run"]) == (3, 40, False)
+    assert len(found["added"]) == 2
+    shown = run("log", "labels", "--limit", "2", cwd=home).stdout.splitlines()
+    for line, text in zip(shown[1:], ("2 to 1", "1 to 0"), strict=True):
+        assert f"of version {text}" in line
+        assert line.split()[3] == "rollback"
+    change = as_json("log", "labels", cwd=home)[0]["change"]
+    assert change["arguments"] == {"to_version": 1, "to": "labels@v1"}
+    assert "expected TABLE@VERSION or TABLE@TAG" in error_of("rollback", "labels", cwd=home)
+    assert "has no version 9" in error_of("rollback", "labels@9", cwd=home)
+
+
+def test_diff_of_versions_that_a_rollback_is_between(home: Path) -> None:
+    run("rollback", "labels@0", cwd=home)
+    found = as_json("diff", "labels@1", "labels@2", cwd=home)
+    assert (found["removed"], found["added"], found["both"]) == (40, 0, 0)
+    run("rollback", "labels@1", cwd=home)
+    found = as_json("diff", "labels@1", "labels@3", cwd=home)
+    assert (found["both"], found["changed"], found["kl_ab"]) == (40, 0, 0)
+    found = as_json("diff", "labels@2", "labels", cwd=home)
+    assert (found["added"], len(found["rows"])) == (40, 20)
+    run("vacuum", "labels", "--retention", "0d", "--yes", cwd=home)
+    assert as_json("diff", "labels@1", "labels@2", cwd=home)["removed"] == 40, "no file went"
+
+
+def test_vacuum_shows_first_and_deletes_when_told(home: Path) -> None:
+    table = Table.open(str(home / "labels"))
+    table.root.write("data/x.parquet.0123abcd.tmp", b"12345")
+    os.utime(home / "labels" / "data" / "x.parquet.0123abcd.tmp", (1, 1))
+    shown = run("vacuum", "labels", cwd=home).stdout.splitlines()
+    assert shown[0].split() == ["bytes", "file", "why"]
+    assert shown[-1] == f"{home / 'labels'}: 1 files, 5 bytes would be deleted; add --yes to do it"
+    found = as_json("vacuum", "labels", "--retention", "0d", cwd=home)
+    assert (found["deleted"], found["bytes"], len(found["doomed"])) == (False, 5, 1)
+    done = run("vacuum", "labels", "--yes", cwd=home).stdout.splitlines()
+    assert done[-1] == f"{home / 'labels'}: 1 files, 5 bytes deleted"
+    assert run("vacuum", "labels", "--yes", cwd=home).stdout == (
+        f"{home / 'labels'}: nothing to remove\n"
+    )
+    for wrong in ("3", "-1d", "soon", "1y", ""):
+        assert "expected a number and" in error_of(
+            "vacuum", "labels", f"--retention={wrong}", cwd=home
+        )
+    assert "not one version of it" in error_of("vacuum", "labels@1", cwd=home)
+    run("vacuum", "labels", "--keep-versions", "0", cwd=home, code=2)
+    run("verify", "labels", cwd=home)
 
 
 def test_verify_exits_0_on_a_whole_table_and_1_on_damage(home: Path) -> None:

@@ -22,8 +22,8 @@ def scaled(short: int, full: int) -> int:
 def record(what: str, counts: Mapping[str, int | float | str]) -> None:
     """Append one line of the fault report: `what` was done, and what was counted.
 
-    Writes nothing where no report is asked for. One write of one line, so that several
-    processes may record at once.
+    Call it when all is asserted. Writes nothing where no report is asked for. One write of one
+    line, so that several processes may record at once.
     """
     report = os.environ.get(REPORT)
     if not report:

@@ -7,16 +7,19 @@ import pyarrow as pa
 import pytest
 
 from softlabels.errors import DataError, MismatchError
+from softlabels.lineage import ChangeLineage
 from softlabels.query import diff as module
 from softlabels.query.diff import diff
 from softlabels.query.divergence import divergence
 from softlabels.query.mixture import at_temperature
 from softlabels.store import shards
+from softlabels.store.compact import compact
+from softlabels.store.rollback import rollback
 from softlabels.store.table import Table
 from tests.query.planted import Planted, log_softmax, make_planted
 from tests.query.tables import reordered
 from tests.sequences import make_uneven
-from tests.tables import dense_logprobs, make_targets
+from tests.tables import dense_logprobs, make_table, make_targets
 
 ROWS = 900
 
@@ -220,3 +223,34 @@ def test_what_excludes_a_class_is_infinitely_far(tmp_path: Path) -> None:
     assert found.summary["kl_ab"] == 0
     assert np.isinf(found.rows()["kl_ab"].to_numpy()).all()
     assert np.isfinite(found.rows()["kl_ba"].to_numpy()).all()
+
+
+def test_versions_of_one_table_after_delete_compact_and_rollback(tmp_path: Path) -> None:
+    table = make_table(tmp_path / "t", rows=90, shard_rows=30)
+    lineage = ChangeLineage(
+        operation="delete",
+        change_id="d" * 64,
+        from_version=1,
+        rows_before=90,
+        rows_after=60,
+        packages={},
+        started_at="2026-01-01T00:00:00+00:00",
+        seconds=0.0,
+    )
+    table.change([], table.files[:1], lineage)
+    compact(table)
+    rollback(Table.open(f"{tmp_path / 't'}@1"))
+    assert [len(Table.open(f"{tmp_path / 't'}@{v}").files) for v in (1, 2, 3, 4)] == [3, 2, 1, 3]
+
+    def counts(a: int, b: int) -> tuple[int, int, int, int]:
+        found = diff(f"{tmp_path / 't'}@{a}", f"{tmp_path / 't'}@{b}").summary
+        assert (found["kl_ab"], found["relabelled"], found["top1_changed"]) == (0, 0, 0)
+        return found["both"], found["added"], found["removed"], found["changed"]
+
+    assert counts(1, 2) == (60, 0, 30, 0)
+    assert counts(2, 3) == (60, 0, 0, 0), "other files, the same rows"
+    assert counts(3, 4) == (60, 30, 0, 0)
+    assert counts(1, 4) == (90, 0, 0, 0)
+    gone = diff(f"{tmp_path / 't'}@1", f"{tmp_path / 't'}@3").rows()
+    assert sorted(gone["example_id"].to_pylist()) == [f"x{i:05d}" for i in range(30)]
+    assert set(gone["change"].to_pylist()) == {"removed"}

@@ -8,11 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from softlabels.errors import IntegrityError
 from softlabels.schema import table_schema
 from softlabels.store import inspect, shards, tags
 from softlabels.store.table import Table
 from tests.tables import (
     dense_logprobs,
+    forget_records,
     make_contents,
     make_lineage,
     make_table,
@@ -139,6 +141,9 @@ def test_a_file_under_a_foreign_name_is_reported(table: Table, tmp_path: Path) -
     )
     action["add"]["path"] = "part-0.parquet"
     entry.write_text("\n".join([*lines[:index], json.dumps(action), *lines[index + 1 :]]) + "\n")
+    with pytest.raises(IntegrityError, match="other files than its commit recorded"):
+        Table.open(str(tmp_path / "t"))
+    forget_records(tmp_path / "t")
     (problem,) = inspect.verify(Table.open(str(tmp_path / "t")))["problems"]
     assert "was not written by softlabels" in problem
 
@@ -146,6 +151,7 @@ def test_a_file_under_a_foreign_name_is_reported(table: Table, tmp_path: Path) -
 def test_a_hostile_path_in_the_log_is_never_followed(table: Table, tmp_path: Path) -> None:
     (tmp_path / "secret.parquet").write_bytes(b"secret")
     entry = tmp_path / "t" / "_delta_log" / f"{table.version:020d}.json"
+    forget_records(tmp_path / "t")  # with them it cannot even be opened
     for path in ("../secret.parquet", str(tmp_path / "secret.parquet")):
         entry.write_text(entry.read_text().replace(table.files[0].path, path))
         opened = Table.open(str(tmp_path / "t"))
@@ -183,3 +189,61 @@ def test_a_table_without_rows_is_described_and_whole(tmp_path: Path) -> None:
     empty = Table.open_or_create(str(tmp_path / "t"), table_schema(), make_contents())
     assert inspect.describe(empty)["rows"] == 0
     assert inspect.verify(empty) == {"files": 0, "rows": 0, "problems": []}
+
+
+def test_a_sample_reads_some_files_and_says_how_many_there_are(
+    table: Table, tmp_path: Path
+) -> None:
+    report = inspect.verify(table, sample=2, seed=1)
+    assert (report["files"], report["rows"], report["problems"]) == (2, 40, [])
+    part = report["sample"]
+    assert (part["seed"], part["of_files"], part["of_rows"]) == (1, 3, 60)
+    assert 0 < part["bytes"] < part["of_bytes"] == sum(f.size for f in table.files)
+    assert inspect.verify(table, sample=9)["files"] == 3
+    for file in table.files:
+        flip(tmp_path / "t" / file.path, 100)
+    assert len(inspect.verify(table, sample=1)["problems"]) == 1
+    # By each seed the same file, and not by every one the same.
+    chosen = [inspect.verify(table, sample=1, seed=s)["problems"][0] for s in (0, 0, 1, 2, 3, 4)]
+    assert chosen[0] == chosen[1]
+    assert len(set(chosen)) > 1
+
+
+def test_all_reads_each_file_of_the_kept_versions_once(table: Table, tmp_path: Path) -> None:
+    tags.make_tag(table.root, "v1", table.version, table.snapshot_digest)
+    tags.make_tag(table.root, "also", table.version, table.snapshot_digest)
+    commit_rows(table, ["new"], {})
+    asked: list[int] = []
+    done: list[int] = []
+    report = inspect.verify_all(table, asked.append, lambda: done.append(1))
+    assert (report["files"], report["rows"], report["problems"]) == (4, 61, [])
+    assert (asked, len(done)) == ([4], 4)
+    assert [(v["version"], v["tags"], v["rows"]) for v in report["versions"]] == [
+        (2, [], 61),
+        (1, ["also", "v1"], 60),
+    ]
+    flip(tmp_path / "t" / table.files[0].path, 100)
+    problems = inspect.verify_all(table)["problems"]
+    assert len(problems) == 2, "in both versions"
+    assert problems[0].startswith(f"version 2: {table.files[0].path}: sha256 is ")
+
+
+def test_all_finds_what_only_a_tagged_version_has(table: Table, tmp_path: Path) -> None:
+    """A version of another kind, whose files are checked by its own contents."""
+    tags.make_tag(table.root, "v1", table.version, table.snapshot_digest)
+    contents = table.contents.model_copy(update={"num_classes": 11, "classes": None})
+    schema = table.schema
+    writer = shards.ShardWriter(schema, "precise")
+    for batch in table.batches():
+        writer.write(batch)
+    shard = writer.close()
+    unit = table.store_shard(f"{RUN}/{RUN[:16]}-000000", f"{RUN[:16]}-000000", shard)
+    table.replace([unit], make_lineage(RUN, [unit.key], 60), schema, contents)
+    assert inspect.verify_all(table)["files"] == 4
+    flip(tmp_path / "t" / table.files[1].path, 100)
+    assert inspect.verify(table.latest())["problems"] == []
+    (problem,) = inspect.verify_all(table)["problems"]
+    assert problem.startswith("version 1: ")
+    (tmp_path / "t" / tags.FOLDER / "v1.json").write_text("{")
+    (problem,) = inspect.verify_all(table)["problems"]
+    assert problem.startswith("tag 'v1': ")

@@ -19,12 +19,12 @@ from softlabels.errors import (
     IntegrityError,
     MismatchError,
     SoftLabelsError,
+    StorageError,
     TryAgainError,
 )
 from softlabels.fingerprint import sha256_bytes
 from softlabels.schema import FORMAT_VERSION, table_schema
-from softlabels.store import shards, tags
-from softlabels.store import table as table_module
+from softlabels.store import racing, shards, tags
 from softlabels.store.table import FORMAT_PROPERTY, Table, UnitShard, parse_reference
 from tests.tables import dense_logprobs, make_contents, make_lineage, make_table, make_targets
 
@@ -178,7 +178,7 @@ def test_a_lost_reply_is_seen_as_the_success_it_was(
 def test_a_commit_that_never_goes_through_can_be_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table_module, "COMMIT_ATTEMPTS", 3)
+    monkeypatch.setattr(racing, "COMMIT_ATTEMPTS", 3)
     table = empty(tmp_path / "t")
     stored = store_unit(table, 0)
     # A folder in the place of the next log entry: every attempt to write that entry fails.
@@ -191,16 +191,36 @@ def test_a_commit_that_never_goes_through_can_be_tried_again(
     assert commit(table, stored).num_rows == 3
 
 
-def test_a_log_that_cannot_be_read_for_a_while_can_be_tried_again(
+def test_a_log_that_cannot_be_read_for_a_while_is_waited_for_and_then_can_be_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table_module, "COMMIT_ATTEMPTS", 3)
+    monkeypatch.setattr(racing, "COMMIT_ATTEMPTS", 3)
+    table = empty(tmp_path / "t")
+    stored = [store_unit(table, number) for number in range(2)]
+    real = Table.latest
+    refusals = iter(range(2))
+
+    def fails(self: Table) -> Table:
+        if next(refusals, None) is not None:
+            raise StorageError("cannot open table: 503")
+        return real(self)
+
+    monkeypatch.setattr(Table, "latest", fails)
+    assert commit(table, stored[0]).num_rows == 3
+    refusals = iter(range(99))
+    with pytest.raises(TryAgainError, match="nothing is lost, run the command again: cannot open"):
+        commit(table, stored[1])
+    refusals = iter(())
+    assert commit(table, stored[1]).num_rows == 6
+
+
+def test_nothing_is_added_to_a_log_that_is_damaged(tmp_path: Path) -> None:
     table = empty(tmp_path / "t")
     stored = store_unit(table, 0)
     entry = tmp_path / "t" / "_delta_log" / f"{0:020d}.json"
     whole = entry.read_bytes()
     entry.write_bytes(b"{half an entry")
-    with pytest.raises(TryAgainError, match="nothing is lost"):
+    with pytest.raises(IntegrityError, match=r"log entry .* is damaged"):
         commit(table, stored)
     entry.write_bytes(whole)
     assert commit(table, stored).num_rows == 3
@@ -234,6 +254,24 @@ def test_a_guard_is_asked_again_after_a_lost_race(tmp_path: Path) -> None:
     made = commit(table, store_unit(table, 0), guard=guard)
     assert seen == [0, 1]
     assert sorted(file.unit for file in made.files) == [unit_name(0), unit_name(7)]
+
+
+def test_races_that_are_lost_are_no_attempts_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(racing, "COMMIT_ATTEMPTS", 2)
+    table = empty(tmp_path / "t")
+    others = iter(range(1, 7))
+
+    def guard(newest: Table) -> None:
+        if (number := next(others, None)) is not None:
+            commit(newest, store_unit(newest, number))
+
+    assert commit(table, store_unit(table, 0), guard=guard).version == 7
+    monkeypatch.setattr(racing, "LOST_RACES", 2)
+    others = iter(range(11, 99))
+    with pytest.raises(TryAgainError, match="nothing is lost, run the command again"):
+        commit(table, store_unit(table, 10), guard=guard)
 
 
 def test_an_old_version_stays_as_it_was(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from softlabels.errors import BadInputError, IntegrityError
 from softlabels.storage import Root, open_root
 from softlabels.store import tags
 from softlabels.store.table import Table
-from tests.tables import make_table
+from tests.tables import forget_records, make_table
 
 
 @pytest.fixture
@@ -87,6 +87,44 @@ def test_a_tag_opens_its_version_unless_that_has_changed(tmp_path: Path) -> None
     lines = entry.read_text().splitlines()
     last = max(i for i, line in enumerate(lines) if "add" in json.loads(line))
     entry.write_text("\n".join(lines[:last] + lines[last + 1 :]) + "\n")
+    forget_records(tmp_path / "t")  # with them it cannot be opened by its number either
     with pytest.raises(IntegrityError, match=r"tag 'v1' .* was made for snapshot .* is now"):
         Table.open(f"{tmp_path / 't'}@v1")
     assert Table.open(f"{tmp_path / 't'}@{table.version}").num_rows == 40
+
+
+def test_tags_are_deleted_by_their_exact_names_or_not_at_all(root: Root) -> None:
+    made = {n: tags.make_tag(root, n, v, "a" * 64) for n, v in (("v1", 3), ("v10", 3), ("v2", 4))}
+    for names in (["v1", "v3"], ["v*"], ["V1"], ["v1.json"], ["../tags/v1"], ["v1", "12"]):
+        with pytest.raises(BadInputError, match=r"has no tag|tag name"):
+            tags.delete_tags(root, names)
+    assert tags.tag_names(root) == ["v1", "v10", "v2"]
+    assert tags.tags_by_version(root) == {3: [made["v1"], made["v10"]], 4: [made["v2"]]}
+    assert tags.delete_tags(root, ["v1", "v2", "v1"]) == {"v1": made["v1"], "v2": made["v2"]}
+    assert tags.all_tags(root) == [made["v10"]]
+    assert tags.make_tag(root, "v1", 9, "b" * 64).version == 9, "the name is free again"
+
+
+def test_a_damaged_tag_can_be_deleted_and_is_no_tag_till_then(root: Root) -> None:
+    tags.make_tag(root, "v1", 3, "a" * 64)
+    root.write(f"{tags.FOLDER}/v2.json", root.read(f"{tags.FOLDER}/v1.json"))
+    with pytest.raises(IntegrityError, match=r"tag 'v2' .* is damaged: it calls itself 'v1'"):
+        tags.read_tag(root, "v2")
+    with pytest.raises(IntegrityError, match="damaged"):
+        tags.all_tags(root)
+    assert tags.delete_tags(root, ["v2"]) == {"v2": None}
+    assert [tag.name for tag in tags.all_tags(root)] == ["v1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("plan-0123456789abcdef", "0123456789abcdef"),
+        ("plan-0123456789abcdef-12", "0123456789abcdef"),
+        ("plan-b", None),
+        ("plan-0123456789ABCDEF", None),
+        ("v1", None),
+    ],
+)
+def test_a_tag_says_which_plan_pins_its_version(root: Root, name: str, plan: str | None) -> None:
+    assert tags.make_tag(root, name, 1, "a" * 64).plan == plan

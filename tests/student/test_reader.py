@@ -125,10 +125,10 @@ def test_decoded_entries_are_kept_within_the_bound(plan: Plan) -> None:
     assert reader.entry(0) is kept[0]
     assert reader.entry(2) is kept[3]
     assert reader.entry(1) is not kept[1]
-    assert reader._cached <= 2 * one
+    assert reader._recent.nbytes <= 2 * one
     nothing = Reader(plan, cache_bytes=0)
     assert nothing.entry(0) is not nothing.entry(0)
-    assert nothing._cached == 0
+    assert nothing._recent.nbytes == 0
 
 
 def test_kept_entries_need_no_file(plan: Plan) -> None:
@@ -320,9 +320,11 @@ def test_entries_of_one_row_group_decode_it_once(plan: Plan, monkeypatch: Any) -
         decode = reader._decode
         decoded: list[int] = []
 
-        def counted(group: int, decode: Any = decode, decoded: list[int] = decoded) -> Rows:
+        def counted(
+            group: int, wait: bool, decode: Any = decode, decoded: list[int] = decoded
+        ) -> Rows:
             decoded.append(group)
-            return decode(group)  # type: ignore[no-any-return]
+            return decode(group, wait)  # type: ignore[no-any-return]
 
         monkeypatch.setattr(reader, "_decode", counted)
         for number, entry in enumerate(chosen):
@@ -334,7 +336,7 @@ def test_entries_of_one_row_group_decode_it_once(plan: Plan, monkeypatch: Any) -
             )
         assert decoded == [0]
         # Only what some entry takes is kept.
-        (kept,) = reader._cache.values()
+        (kept,) = reader._recent.held.values()
         assert len(kept) == (10 if 2 in chosen else 4)
     assert reader.entry(2) is kept
 

@@ -85,6 +85,18 @@ class Slow(RowByRow):
         return super().forward(x)
 
 
+class SlowLinear(Linear):
+    """Sleeps before each batch; a row's last bits may depend on its batch."""
+
+    def __init__(self, seconds: float, classes: int = CLASSES) -> None:
+        super().__init__(classes)
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return super().forward(x)
+
+
 class Sick(RowByRow):
     """NaN in one logit of the row whose first feature is NAN_AT."""
 

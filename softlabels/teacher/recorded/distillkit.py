@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from softlabels.errors import BadInputError, one_line
 from softlabels.fingerprint import sha256_json
+from softlabels.specs import MAX_BYTES, parse_yaml
 from softlabels.teacher.recorded.entries import (
     BadRecordError,
     Position,
@@ -42,6 +42,12 @@ _NO_IDS = "record whose token_ids holds no token id"
 _UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 
 
+_MOST_VALUES = 1 << 16
+"""Of a position: what a stranger's settings may make of a few bytes has a bound."""
+
+Term = Annotated[int, Field(ge=-64, le=64)] | Literal["sqrt", "exp"]
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,19 +57,19 @@ class Bin(_Settings):
 
     scale_dtype: Dtype
     element_bits: Annotated[int, Field(ge=1, le=32)]
-    num_elements: Annotated[int, Field(ge=1)]
+    num_elements: Annotated[int, Field(ge=1, le=_MOST_VALUES)]
 
 
 class Compression(_Settings):
     """DistillKit's compression_config.yaml, with its own names."""
 
     d: Annotated[int, Field(ge=2, le=1 << 20)]
-    k: Annotated[int, Field(ge=1)]
+    k: Annotated[int, Field(ge=1, le=_MOST_VALUES)]
     exact_k: Annotated[int, Field(ge=0)]
     exact_dtype: Dtype = "float32"
-    polynomial_terms: tuple[int | Literal["sqrt", "exp"], ...] | None = None
+    polynomial_terms: Annotated[tuple[Term, ...], Field(max_length=64)] | None = None
     term_dtype: Dtype = "float32"
-    residual_bins: tuple[Bin, ...]
+    residual_bins: Annotated[tuple[Bin, ...], Field(max_length=64)]
     delta_encoding: bool = True
     error_diffusion: bool = False
     normalize_t: bool = False
@@ -114,7 +120,7 @@ def open_compression(context: Context) -> Compression:
         place = spec.compression
         try:
             with open(place, encoding="utf-8") as file:
-                text = file.read()
+                text = file.read(MAX_BYTES + 1)
         except (OSError, UnicodeDecodeError) as error:
             raise BadInputError(
                 f"compression {place!r} cannot be read: {one_line(error)}"
@@ -126,10 +132,11 @@ def open_compression(context: Context) -> Compression:
                 f"there is no {place!r} beside the files in {root.uri!r}: give compression, the "
                 "YAML that they were written with"
             )
-        text = root.read(place).decode(errors="replace")
+        with root.open(place) as stream:
+            text = stream.read(MAX_BYTES + 1).decode(errors="replace")
     try:
-        found = Compression.model_validate(yaml.safe_load(text))
-    except (yaml.YAMLError, ValidationError) as error:
+        found = Compression.model_validate(parse_yaml(text))
+    except ValueError as error:  # a ValidationError is one
         raise BadInputError(f"compression {place!r} cannot be read: {one_line(error)}") from error
     if found.exact_k + found.covered > found.k:
         raise BadInputError(

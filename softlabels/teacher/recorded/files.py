@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from softlabels.errors import BadInputError, DataError, StorageError, one_line
+from softlabels.errors import BadInputError, DataError, IntegrityError, StorageError, one_line
 from softlabels.fingerprint import sha256_bytes, sha256_json, sha256_stream
+from softlabels.parquet import UNREADABLE, Parquet
 from softlabels.storage import Root, find_files
+from softlabels.teacher.lines import TOO_LONG, read_lines
 from softlabels.teacher.records import require_same
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet")
 READ_ROWS = 64
-"""Rows of a Parquet file at once: a recorded sequence may be of megabytes."""
+READ_BYTES = 64 << 20
+"""Rows of a Parquet file at once, and their bytes: a recorded sequence may be of megabytes."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,13 @@ def _is_parquet(path: str) -> bool:
 def _lines(root: Root, path: str, sha256: str) -> Iterator[Record]:
     digest = hashlib.sha256()
     with root.open(path) as stream:
-        for count, line in enumerate(stream, 1):
-            digest.update(line)
+        for count, line in enumerate(read_lines(stream, digest.update), 1):
+            place = f"line {count} of {path!r}"
+            if line is None:
+                yield Record(place, {}, (TOO_LONG, "split the record"))
+                continue
             if not line.strip():
                 continue
-            place = f"line {count} of {path!r}"
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
@@ -116,14 +120,15 @@ def _rows(root: Root, path: str, sha256: str) -> Iterator[Record]:
     try:
         data = root.buffer(path)
         require_same(path, sha256_bytes(memoryview(data)), sha256)
-        parquet = pq.ParquetFile(pa.BufferReader(data))
-        row = 0
-        for batch in parquet.iter_batches(READ_ROWS):
+        parquet = Parquet(data)
+        row, groups = 0, range(parquet.num_row_groups)
+        at_once = parquet.rows_at_once(groups, parquet.schema_arrow.names, READ_ROWS, READ_BYTES)
+        for batch in parquet.iter_batches(at_once):
             for place in range(batch.num_rows):
                 fields = {name: _value(batch[name][place]) for name in batch.schema.names}
                 yield Record(f"row {row} of {path!r}", fields)
                 row += 1
-    except (pa.ArrowException, OSError, StorageError) as error:
+    except (*UNREADABLE, IntegrityError, StorageError) as error:
         raise DataError(f"file {path!r} is no whole Parquet file: {one_line(error)}") from error
 
 

@@ -1,0 +1,1 @@
+"""A nightly job: one day's partition is labelled, verified, tagged and mixed; on any scheduler."""

@@ -1,0 +1,212 @@
+"""Many writers at one table: turns where they can be taken, and trying again where they cannot.
+
+Delta lets one of several that commit at once through, and the others look again. On a local disk
+they take turns by a lock file, first come, first served, so that few attempts are in vain and none
+waits for ever. Nothing rests on it: a turn is waited for a few seconds at most, and where there are
+no locks, none is taken.
+"""
+
+import collections
+import contextlib
+import errno
+import fcntl
+import os
+import random
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
+
+from deltalake.exceptions import DeltaError
+
+from softlabels.errors import StorageError, TryAgainError
+from softlabels.storage import Root, is_denied, raise_storage_error, said_by
+from softlabels.storage.options import patience
+
+LOCK = "_softlabels/commit.lock"
+LOCK_SECONDS = 10.0
+"""Longest wait for a turn: whoever has it may be stopped."""
+
+COMMIT_ATTEMPTS = 12
+"""Attempts in a row that may fail without anybody getting on."""
+
+LOST_RACES = 1000
+"""Attempts that may fail because another writer was quicker."""
+
+_POLL = 0.0015
+_COUNTER = struct.Struct("<Q")
+_threads: dict[str, threading.RLock] = collections.defaultdict(threading.RLock)
+"""Locks on a file hold between processes; these between the threads of one."""
+
+_others_first: dict[str, float] = {}
+"""Until when this process lets others commit, by URI of a remote table."""
+
+_taken: set[str] = set()
+"""Paths whose turn a thread of this process has; changed under the path's lock."""
+
+
+class _Versioned(Protocol):
+    @property
+    def version(self) -> int: ...
+
+
+V = TypeVar("V", bound=_Versioned)
+
+
+def until_done(
+    root: Root,
+    what: str,
+    look: Callable[[], V],
+    done: Callable[[V], bool],
+    guard: Callable[[V], None],
+    attempt: Callable[[V], None],
+) -> V:
+    """The newest version once it is `done`, which `attempt` is to bring about.
+
+    After any error it looks again: a lost reply is then seen to have been a success.
+
+    Args:
+        root: of the table.
+        what: is being done, for the message: "commit 3 units to".
+        look: opens the newest version.
+        done: whether nothing is left to do there.
+        guard: called before each attempt; raises to give up.
+        attempt: tries to make the version after it.
+
+    Raises:
+        TryAgainError: the race was lost too often, or storage does not answer.
+        SoftLabelsError: whatever `guard` raises, and `look` where trying again is of no use.
+    """
+    error: Exception | None = None
+    stuck = lost = 0
+    base, moved = -1, time.monotonic()
+    with _turn(root):
+        while True:
+            began = time.monotonic()
+            newest, failed = _looked(look)
+            looked = time.monotonic() - began
+            if newest is not None:
+                if newest.version > base:
+                    lost += base >= 0 and error is not None
+                    base, stuck, moved = newest.version, 0, time.monotonic()
+                if done(newest):
+                    _others_first[root.uri] = time.monotonic() + looked
+                    return newest
+                if stuck < COMMIT_ATTEMPTS:
+                    guard(newest)
+                    failed = _failed(attempt, newest)
+                    if failed is None:
+                        error = None
+                        continue
+            error = failed or error
+            if error is not None and is_denied(error):
+                raise_storage_error(what, root.uri, error)
+            stuck += 1
+            waited = time.monotonic() - moved
+            if stuck > COMMIT_ATTEMPTS or lost > LOST_RACES or waited > patience():
+                break
+            # Of writers that race one gets on each time, so that a loser need not wait long;
+            # storage that fails is left alone for longer and longer.
+            time.sleep(random.uniform(0, min(5.0, 0.02 * 2 ** (stuck - 1))))
+    raise _given_up(root, what, f"in {stuck - 1} attempts and {waited:.0f} s", error)
+
+
+def _given_up(root: Root, what: str, tried: str, error: Exception | None) -> TryAgainError:
+    if isinstance(error, TryAgainError):
+        return error  # it says all of this already
+    return TryAgainError(
+        f"could not {what} {root.uri!r} {tried}; nothing is lost, run the command again: "
+        f"{said_by(error)}"
+    )
+
+
+def _looked(look: Callable[[], V]) -> tuple[V | None, Exception | None]:
+    try:
+        return look(), None
+    except (StorageError, TryAgainError) as error:
+        return None, error
+
+
+def _failed(attempt: Callable[[V], None], newest: V) -> Exception | None:
+    try:
+        attempt(newest)
+    except (DeltaError, OSError) as error:
+        return error
+    return None
+
+
+@contextlib.contextmanager
+def _turn(root: Root) -> Iterator[None]:
+    if not root.is_local:
+        # Whoever has just committed knows the newest version and would win every race against
+        # those who must read it first. So they get the time for that.
+        time.sleep(max(0.0, _others_first.pop(root.uri, 0.0) - time.monotonic()))
+        yield
+        return
+    deadline = time.monotonic() + LOCK_SECONDS
+    mine = _threads[root.path]
+    if not mine.acquire(timeout=LOCK_SECONDS):
+        yield
+        return
+    try:
+        with contextlib.ExitStack() as held:
+            if root.path not in _taken:  # else this thread has it already
+                held.enter_context(_queued(root, deadline))
+                _taken.add(root.path)
+                held.callback(_taken.discard, root.path)
+            yield
+    finally:
+        mine.release()
+
+
+@contextlib.contextmanager
+def _queued(root: Root, deadline: float) -> Iterator[None]:
+    """Waits until whoever came before is done.
+
+    Each draws a number and locks the byte of that number, which the next one waits for. A process
+    that dies loses its locks, so that nobody waits for it.
+    """
+    try:
+        path = root.full(LOCK)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError:
+        yield  # a folder that cannot be written fails later, with its own message
+        return
+    try:
+        with contextlib.suppress(OSError):  # no locks on this filesystem
+            number = _draw(descriptor, deadline)
+            if number is not None:
+                _locks(descriptor, _COUNTER.size + number - 1, deadline)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _draw(descriptor: int, deadline: float) -> int | None:
+    if not _locks(descriptor, 0, deadline):
+        return None
+    try:
+        last = os.pread(descriptor, _COUNTER.size, 0).ljust(_COUNTER.size, b"\0")
+        number = _COUNTER.unpack(last)[0] % 2**62 + 1
+        if not _locks(descriptor, _COUNTER.size + number, 0):
+            return None
+        os.pwrite(descriptor, _COUNTER.pack(number), 0)
+        return int(number)
+    finally:
+        fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, 0)
+
+
+def _locks(descriptor: int, byte: int, deadline: float) -> bool:
+    """Whether a byte could be locked until then."""
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+            return True
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(random.uniform(_POLL / 2, _POLL))

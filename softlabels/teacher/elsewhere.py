@@ -1,0 +1,67 @@
+"""Which rows of a run need no label: those that the table has from elsewhere, or must not have."""
+
+import numpy as np
+import numpy.typing as npt
+
+from softlabels.store.deleted import deleted_keys
+from softlabels.store.inspect import row_keys
+from softlabels.store.table import Table, TableFile
+from softlabels.teacher.run import Keys, Unit
+
+Mask = npt.NDArray[np.bool_]
+
+
+class Elsewhere:
+    """What other runs have labelled of this one's examples, learnt from each file once.
+
+    Attributes:
+        here: bool [source rows], whether the table has the example from another run.
+        deleted: bool [source rows], whether it was deleted from the table, for good.
+
+    Where an example comes several times in the source, the first time stands for all.
+    """
+
+    def __init__(self, run: str, keys: Keys) -> None:
+        self._run = run[:16]
+        self._order = np.argsort(keys, kind="stable")
+        self._sorted = keys[self._order]
+        self._looked_at: Table | None = None
+        self.here = np.zeros(len(keys), bool)
+        self.deleted = np.zeros(len(keys), bool)
+
+    def learn(self, table: Table) -> None:
+        """Looks at what is in `table`, and deleted from it, that was not looked at before."""
+        self.learn_files(table)
+        self.deleted[:] = False
+        self.deleted[self._rows_of(deleted_keys(table.root))] = True
+
+    def learn_files(self, table: Table) -> None:
+        """As `learn`, but the files alone."""
+        before, new = self._looked_at, table.files
+        if before is not None:
+            new = table.files_since(before)
+            if any(map(self._is_foreign, before.files_since(table))):
+                # What is gone from the table may be labelled again.
+                self.here[:] = False
+                new = table.files
+        foreign = [file for file in new if self._is_foreign(file)]
+        for batch in table.batches(["example_id", "view"], foreign):
+            self.here[self._rows_of(row_keys(batch))] = True
+        self._looked_at = table
+
+    def of(self, unit: Unit) -> Mask:
+        """Bool [unit rows], those that need no label."""
+        part = slice(unit.start, unit.stop)
+        return np.asarray(self.here[part] | self.deleted[part])
+
+    def _is_foreign(self, file: TableFile) -> bool:
+        # Of this run's own files all rows are in units that are committed, and those are not
+        # labelled again; a compacted file may hold rows of any run.
+        return file.compacted or not file.unit.startswith(self._run)
+
+    def _rows_of(self, keys: Keys) -> npt.NDArray[np.int64]:
+        """The first source row of each of these keys that the source has."""
+        places = np.searchsorted(self._sorted, keys)
+        inside = places < len(self._sorted)
+        places, keys = places[inside], keys[inside]
+        return np.asarray(self._order[places[self._sorted[places] == keys]])

@@ -1,0 +1,109 @@
+"""Thrift's compact protocol, as far as Parquet's headers need it: some fields of nested structs.
+
+pyarrow's own view of a footer ends the process where a damaged one lacks a part.
+
+Source: apache/thrift, doc/specs/thrift-compact-protocol.md.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from softlabels.errors import IntegrityError
+
+MOST_NESTED = 16
+
+STRUCT = 12
+_BOOLEANS, _BYTE, _WHOLE, _DOUBLE, _BINARY, _LISTS = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10)
+
+Wanted = Mapping[int, Any]
+"""By number of the field: None for its value, another mapping for a struct or list of structs."""
+
+
+class Compact:
+    """A reader of one value after the other.
+
+    Its methods raise IndexError where the bytes end or mean nothing, RecursionError where values
+    are nested too deep, IntegrityError where there are more than `structs` structs.
+
+    Attributes:
+        at: the next byte.
+    """
+
+    def __init__(self, data: memoryview, at: int, structs: int) -> None:
+        self._view = data.cast("B")  # those of Arrow are signed
+        self.at = at
+        self._left = structs
+
+    def struct(self, wanted: Wanted, depth: int = 0) -> dict[int, Any]:
+        """The wanted fields of the struct here, as far as it has them, by number.
+
+        Whole numbers are int, text is bytes, structs as this, lists are lists of these.
+        """
+        self._left -= 1
+        if self._left < 0:
+            raise IntegrityError("a header holds more structs than Parquet needs")
+        if depth > MOST_NESTED:
+            raise RecursionError
+        view = self._view
+        found: dict[int, Any] = {}
+        field = 0
+        while mark := view[self.at]:
+            self.at += 1
+            kind = mark & 15
+            field = field + (mark >> 4) if mark >> 4 else _signed(self._varint())
+            if kind in _BOOLEANS:
+                continue
+            value = self._value(kind, wanted.get(field, _NOTHING), depth)
+            if field in wanted:
+                found[field] = value
+        self.at += 1
+        return found
+
+    def _value(self, kind: int, wanted: Wanted | None, depth: int) -> Any:
+        if kind in _WHOLE:
+            return _signed(self._varint())
+        if kind == STRUCT:
+            return self.struct(wanted or _NOTHING, depth + 1)
+        if kind == _BINARY:
+            length = self._varint()  # which moves `at` itself
+            self.at += length
+            return bytes(self._view[self.at - length : self.at]) if wanted is None else None
+        if kind in _LISTS:
+            return self._list(wanted, depth)
+        if kind not in (_BYTE, _DOUBLE):
+            raise IndexError(kind)
+        self.at += 1 if kind == _BYTE else 8
+        return None
+
+    def _list(self, wanted: Wanted | None, depth: int) -> list[Any]:
+        if depth > MOST_NESTED:
+            raise RecursionError
+        mark = self._view[self.at]
+        self.at += 1
+        kind, count = mark & 15, mark >> 4
+        if count == 15:
+            count = self._varint()
+        if count > len(self._view) - self.at:  # each takes a byte at least
+            raise IndexError(count)
+        # In a list, unlike in a field, true and false are a byte.
+        kind = _BYTE if kind in _BOOLEANS else kind
+        return [self._value(kind, wanted, depth + 1) for _ in range(count)]
+
+    def _varint(self) -> int:
+        found = shift = 0
+        while True:
+            byte = self._view[self.at]
+            self.at += 1
+            found |= (byte & 127) << shift
+            if byte < 128:
+                return found
+            shift += 7
+            if shift > 63:
+                raise IndexError(shift)
+
+
+_NOTHING: Wanted = {}
+
+
+def _signed(number: int) -> int:
+    return number >> 1 if not number & 1 else -(number >> 1) - 1
