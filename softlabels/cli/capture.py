@@ -60,9 +60,7 @@ def capture(
 
     Example: softlabels capture job.yaml --claim --metrics-file /var/lib/node_exporter/job.prom
     """
-    from softlabels.cli.outcome import MetricsFile, Outcome
     from softlabels.errors import BadInputError
-    from softlabels.signals import stop_on_signal
 
     if dry_run:
         if shard or claim or metrics_file:
@@ -71,6 +69,20 @@ def capture(
             )
         _dry_run(spec, changes or ())
         return
+    _label(spec, changes or (), (shard, claim, not no_wait, lease), metrics_file, as_json)
+
+
+def _label(
+    spec: str,
+    changes: Sequence[str],
+    shared: tuple[str | None, bool, bool, float],
+    metrics_file: Path | None,
+    as_json: bool,
+) -> None:
+    """Captures; says how it ended, also in failure. `shared` is what `Sharing.parse` takes."""
+    from softlabels.cli.outcome import MetricsFile, Outcome
+    from softlabels.signals import stop_on_signal
+
     # From the first moment: a signal while libraries are loaded is one to try again after, too.
     with stop_on_signal(), Outcome() as outcome:
         from softlabels.teacher.sharing import Sharing
@@ -78,8 +90,8 @@ def capture(
 
         if metrics_file is not None:
             outcome.metrics = MetricsFile(metrics_file, spec)
-        sharing = Sharing.parse(shard, claim, not no_wait, lease)
-        loaded = read_capture(spec, changes or ())
+        sharing = Sharing.parse(*shared)
+        loaded = read_capture(spec, changes)
         with _progress(outcome) as shown:
             from softlabels.teacher.capture import capture as run
 

@@ -39,9 +39,6 @@ _COUNTER = struct.Struct("<Q")
 _threads: dict[str, threading.RLock] = collections.defaultdict(threading.RLock)
 """Locks on a file hold between processes; these between the threads of one."""
 
-_others_first: dict[str, float] = {}
-"""Until when this process lets others commit, by URI of a remote table."""
-
 _taken: set[str] = set()
 """Paths whose turn a thread of this process has; changed under the path's lock."""
 
@@ -83,15 +80,12 @@ def until_done(
     base, moved = -1, time.monotonic()
     with _turn(root):
         while True:
-            began = time.monotonic()
             newest, failed = _looked(look)
-            looked = time.monotonic() - began
             if newest is not None:
                 if newest.version > base:
                     lost += base >= 0 and error is not None
                     base, stuck, moved = newest.version, 0, time.monotonic()
                 if done(newest):
-                    _others_first[root.uri] = time.monotonic() + looked
                     return newest
                 if stuck < COMMIT_ATTEMPTS:
                     guard(newest)
@@ -109,15 +103,11 @@ def until_done(
             # Of writers that race one gets on each time, so that a loser need not wait long;
             # storage that fails is left alone for longer and longer.
             time.sleep(random.uniform(0, min(5.0, 0.02 * 2 ** (stuck - 1))))
-    raise _given_up(root, what, f"in {stuck - 1} attempts and {waited:.0f} s", error)
-
-
-def _given_up(root: Root, what: str, tried: str, error: Exception | None) -> TryAgainError:
     if isinstance(error, TryAgainError):
-        return error  # it says all of this already
-    return TryAgainError(
-        f"could not {what} {root.uri!r} {tried}; nothing is lost, run the command again: "
-        f"{said_by(error)}"
+        raise error
+    raise TryAgainError(
+        f"could not {what} {root.uri!r} in {stuck - 1} attempts and {waited:.0f} s; "
+        f"nothing is lost, run the command again: {said_by(error)}"
     )
 
 
@@ -139,9 +129,6 @@ def _failed(attempt: Callable[[V], None], newest: V) -> Exception | None:
 @contextlib.contextmanager
 def _turn(root: Root) -> Iterator[None]:
     if not root.is_local:
-        # Whoever has just committed knows the newest version and would win every race against
-        # those who must read it first. So they get the time for that.
-        time.sleep(max(0.0, _others_first.pop(root.uri, 0.0) - time.monotonic()))
         yield
         return
     deadline = time.monotonic() + LOCK_SECONDS

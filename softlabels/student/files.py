@@ -107,7 +107,7 @@ class Files:
             return decoded(_open(root, file, data))
         if not root.is_local:
             return decoded(self._fetched(table, path, group, columns))
-        with self._local((table, path)).parsed(group, columns) as shard:
+        with self._local((table, path)).parsed() as shard:
             return decoded(shard)
 
     def bytes_of(self, table: str, path: str, groups: Sequence[int], columns: Sequence[str]) -> int:
@@ -142,7 +142,12 @@ class Files:
                     return self._open[key]
             root, file = self._roots[key[0]], self._files[key]
             _check_size(root, file)
-            local = _Local(root, file, verify=key not in self._verified)
+            full = root.full(file.path)
+            with storage_errors("read", full), pa.memory_map(full) as source:
+                data = source.read_buffer()
+            if key not in self._verified:
+                _require_sha256(root, file, sha256_bytes(memoryview(data)))
+            local = _Local(root, file, data)
             with self._lock:
                 self._verified.add(key)
                 self._open[key] = local
@@ -179,46 +184,20 @@ class Files:
 
 
 class _Local:
-    """A mapped file, with as many parsers as threads read it at once: none serves two.
+    """A mapped file, with as many parsers as threads read it at once: none serves two."""
 
-    Pages that were read are let go of, or the process would seem to hold all of the file.
-    """
-
-    def __init__(self, root: Root, file: PlanFile, verify: bool) -> None:
-        self._root, self._file = root, file
-        full = root.full(file.path)
-        if not file.size:
-            raise IntegrityError(f"{root.where(file.path)}: not a whole Parquet file: 0 bytes")
-        with storage_errors("read", full), open(full, "rb") as source:
-            self._mapped = mmap.mmap(source.fileno(), file.size, prot=mmap.PROT_READ)
-        if verify:
-            digest = hashlib.sha256()
-            for start in range(0, file.size, RANGE_BYTES):
-                digest.update(memoryview(self._mapped)[start : start + RANGE_BYTES])
-                self._let_go(start, start + RANGE_BYTES)
-            _require_sha256(root, file, digest.hexdigest())
-        self._idle = [self._parser()]
+    def __init__(self, root: Root, file: PlanFile, data: pa.Buffer) -> None:
+        self._root, self._file, self._data = root, file, data
+        self._idle = [_open(root, file, data)]
 
     @contextlib.contextmanager
-    def parsed(self, group: int, columns: Sequence[str]) -> Iterator[Parquet]:
-        """The file, to read some columns of a row group."""
+    def parsed(self) -> Iterator[Parquet]:
         try:
             shard = self._idle.pop()
         except IndexError:
-            shard = self._parser()
+            shard = _open(self._root, self._file, self._data)
         yield shard
-        chunks = shard.chunks(group, columns)
-        starts, ends = [c.start for c in chunks], [c.start + c.stored for c in chunks]
-        self._let_go(min(starts, default=0), max(ends, default=0))
         self._idle.append(shard)
-
-    def _parser(self) -> Parquet:
-        return _open(self._root, self._file, pa.py_buffer(self._mapped))
-
-    def _let_go(self, start: int, stop: int) -> None:
-        start -= start % mmap.PAGESIZE
-        if stop > start and hasattr(mmap, "MADV_DONTNEED"):
-            self._mapped.madvise(mmap.MADV_DONTNEED, start, min(stop, self._file.size) - start)
 
 
 def require_roots(plan: Plan, roots: Mapping[str, str]) -> None:

@@ -12,23 +12,14 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any
-
-import numpy as np
 
 from softlabels.errors import IntegrityError, SoftLabelsError
 from softlabels.student.decode import Decoder
 from softlabels.student.files import Files
-from softlabels.student.lease import Lease
 from softlabels.student.localcache import LocalCache
 from softlabels.student.records import Records
 from softlabels.student.rows import Rows
-from softlabels.targets import Temper
-
-JOIN_SECONDS = 10.0
-"""How long the interpreter's end waits for a file that is fetched just now."""
 
 Place = tuple[str, str, int]
 """A row group: table, file, number."""
@@ -72,17 +63,17 @@ class Source:
         """
         table, path, group = place
         if self._cache is None:
-            return self.decoded(place)
+            return self._decoder.decode(*place)
         shard, columns = self._files.file(table, path).sha256, self._decoder.wanted(table)
         if (found := self._cache.load(shard, group, columns)) is not None:
             return found
         if not self._fill or self._left_to_fetcher(table, path, in_file):
-            return self.decoded(place)
+            return self._decoder.decode(*place)
         return self._cache.fill(shard, group, columns, lambda: self._decoder.decode(*place), wait)
 
     def decoded(self, place: Place) -> Rows:
-        """All rows of a row group, from its file, in memory that is used again."""
-        return _leased(self._decoder.decode(*place))
+        """All rows of a row group, from its file."""
+        return self._decoder.decode(*place)
 
     def _left_to_fetcher(self, table: str, path: str, in_file: Callable[[], list[int]]) -> bool:
         """Whether a thread fetches the file whole, and fills the cache from it."""
@@ -96,17 +87,6 @@ class Source:
             return self._fetcher.asked(table, path, in_file)
 
 
-def _leased(rows: Rows) -> Rows:
-    """`rows` with targets in memory of their own."""
-    soft = rows.targets
-    named = {n: v for n, v in vars(soft).items() if isinstance(v, np.ndarray)}
-    pairs = [v for own in soft.temper.values() for v in (own.shift, own.tail)]
-    lease = Lease(sum(values.nbytes + 64 for values in [*named.values(), *pairs]))
-    temper = {t: Temper(lease.copy(v.shift), lease.copy(v.tail)) for t, v in soft.temper.items()}
-    copies: Any = {name: lease.copy(values) for name, values in named.items()}
-    return replace(rows, targets=replace(soft, **copies, temper=temper))
-
-
 class _Fetcher:
     """A thread that fetches files whole, one after the other, and fills the cache from them."""
 
@@ -116,8 +96,7 @@ class _Fetcher:
         self._fills: dict[tuple[str, str], bool] = {}
         self._error: IntegrityError | None = None
         self._waiting: queue.SimpleQueue[tuple[str, str, list[int]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="softlabels-fetch", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="softlabels-fetch", daemon=True).start()
 
     def asked(self, table: str, path: str, in_file: Callable[[], list[int]]) -> bool:
         """Whether this thread fills the cache from a file, now or later.
@@ -137,11 +116,9 @@ class _Fetcher:
         return self._fills[key]
 
     def close(self) -> None:
-        """Ends the thread, which does not begin another row group."""
+        """Ends the thread; it does not begin another row group."""
         self._stop.set()
         self._waiting.put(None)
-        if self._thread is not threading.current_thread():
-            self._thread.join(JOIN_SECONDS)
 
     def _run(self) -> None:
         while (asked := self._waiting.get()) is not None and not self._stop.is_set():

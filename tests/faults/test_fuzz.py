@@ -132,17 +132,11 @@ NUMBERS = st.one_of(
     st.sampled_from([2**31, 2**63, -(2**63) - 1, 10**30, 0, 1]),
 )
 ATOMS = st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=20), WORDS)
-
-
-def nested(levels: int) -> st.SearchStrategy[Any]:
-    """JSON values of so many levels at most."""
-    if not levels:
-        return ATOMS
-    inner = nested(levels - 1)
-    return st.one_of(ATOMS, st.lists(inner, max_size=4), st.dictionaries(KEYS, inner, max_size=4))
-
-
-VALUES = nested(3)
+VALUES = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(KEYS, inner, max_size=4)),
+    max_leaves=12,
+)
 
 EDITS = st.lists(
     st.tuples(
@@ -171,7 +165,7 @@ def edited(data: bytes, edits: list[tuple[str, float, int, bytes]]) -> bytes:
     return data
 
 
-PATHS = st.lists(st.integers(0, 9), max_size=6)
+PATHS = st.recursive(st.just(()), lambda inner: st.tuples(st.integers(0, 9), inner), max_leaves=4)
 
 
 def planted(value: Any, path: Any, new: Any) -> Any:
@@ -181,7 +175,7 @@ def planted(value: Any, path: Any, new: Any) -> Any:
     keys = list(value) if isinstance(value, dict) else list(range(len(value)))
     key = keys[path[0] % len(keys)]
     out = dict(value) if isinstance(value, dict) else list(value)
-    out[key] = planted(value[key], path[1:], new)
+    out[key] = planted(value[key], path[1] if len(path) > 1 else (), new)
     return out
 
 

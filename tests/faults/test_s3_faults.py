@@ -174,15 +174,15 @@ def errors(stderr: str) -> list[str]:
 def test_a_store_that_goes_down_ends_the_command_with_75_and_nothing_is_lost(
     s3: S3, front: p.Proxy, tmp_path: Path
 ) -> None:
-    write_source(tmp_path / "src" / "a.parquet", 0, 40)
+    write_source(tmp_path / "src" / "a.parquet", 0, 60)
     slow = {"module": "tests.teacher.toys:Slow", "arguments": {"seconds": 0.1}}
     changes: dict[str, Any] = {"shard_rows": 5, "batch_size": 5}
     job = tmp_path / "job.yaml"
     uri = s3.url("table")
     job.write_text(yaml.safe_dump(settings(tmp_path, **changes, teacher=slow, table=uri)))
-    process = start(job, SOFTLABELS_PATIENCE="2", SOFTLABELS_TIMEOUT="5")
+    process = start(job, SOFTLABELS_PATIENCE="2")
     root = open_root(f"{uri}/_delta_log")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 60
     while not root.exists("00000000000000000002.json"):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -203,19 +203,18 @@ def test_a_store_that_goes_down_ends_the_command_with_75_and_nothing_is_lost(
     assert "run the command again" in line
     assert s3.bucket in line
     assert "\x1b" not in line
-    assert seconds < 30
+    assert seconds < 12
     front.set()
     held = Table.open(uri)
-    assert 0 < held.num_rows < 40
+    assert 0 < held.num_rows < 60
     report = capture(make_spec(tmp_path, **changes, teacher=slow, table=uri))
-    assert report.rows == 40 - held.num_rows
+    assert report.rows == 60 - held.num_rows
     assert sorted(rows_of(Table.open(uri))["example_id"].to_pylist()) == [
-        f"row{i:05d}" for i in range(40)
+        f"row{i:05d}" for i in range(60)
     ]
     print(line, f"after {seconds:.1f} s")
 
 
-@pytest.mark.slow
 def test_storage_that_is_away_for_a_while_is_waited_for(
     s3: S3, front: p.Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

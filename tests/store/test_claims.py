@@ -53,8 +53,8 @@ def test_a_unit_has_one_holder_and_is_free_after(root: Root) -> None:
     assert other.take(UNITS[:2]) == first
 
 
-def test_workers_draw_in_orders_of_their_own(tmp_path: Path) -> None:
-    taken = [Claims(open_root(tmp_path / str(n)), RUN).take(UNITS) for n in range(40)]
+def test_workers_draw_in_orders_of_their_own(root: Root) -> None:
+    taken = [Claims(root, f"{number:016x}").take(UNITS) for number in range(40)]
     assert len(set(taken)) > 3
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from hypothesis import given
@@ -354,17 +353,13 @@ def test_versions_without_a_record_are_checked_by_the_one_before(tmp_path: Path)
     opened = Table.open(table.root.uri)
     assert (opened.version, opened.num_rows, opened._record) == (4, 9, None)
     assert opened.committed(stored.key)
-    # A checkpoint of the newest version that lies, over entries that are whole.
-    whole = entry_of(tmp_path / "t", 1).read_bytes()
-    edit(tmp_path / "t", 1, _narrower)
     DeltaTable(table.root.uri).create_checkpoint()
-    entry_of(tmp_path / "t", 1).write_bytes(whole)
-    with pytest.raises(IntegrityError, match=r"version 4 .* other files than its commit recorded"):
-        Table.open(table.root.uri)
-    assert Table.open(f"{table.root.uri}@2").num_rows == 6
-    # And the other way round: the version before it, which has a record, is not as recorded.
-    edit(tmp_path / "t", 1, _narrower)
-    with pytest.raises(IntegrityError, match=r"version 2 .* other files than its commit recorded"):
+    for version in (1, 2):
+        edit(tmp_path / "t", version, _narrower)
+        with pytest.raises(IntegrityError, match="other files than its commit recorded"):
+            Table.open(f"{table.root.uri}@{version}")
+    # The newest comes from the checkpoint, its base from entries that were changed.
+    with pytest.raises(IntegrityError):
         Table.open(table.root.uri)
 
 
@@ -420,35 +415,3 @@ def test_entries_read_as_delta_reads_them(tmp_path: Path) -> None:
         entry_of(tmp_path / "t", 2).write_bytes(text)
         with pytest.raises(SoftLabelsError, match=r"log entry .* is damaged"):
             entries.read_entry(table.root, 2)
-
-
-def _varint(value: int) -> bytes:
-    """A number as Thrift writes it, doubled: its lowest bit is its sign."""
-    value, found = 2 * value, []
-    while value > 127:
-        found.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*found, value])
-
-
-def test_a_panic_of_delta_rs_is_an_error_on_one_line(tmp_path: Path) -> None:
-    table = grown(tmp_path / "t", 2)
-    DeltaTable(table.root.uri).create_checkpoint()
-    path = tmp_path / "t" / entries.checkpoint_name(2)
-    whole = path.read_bytes()
-    chunk = pq.read_metadata(path).row_group(0)
-    sizes = [chunk.column(number).total_compressed_size for number in range(chunk.num_columns)]
-    for size in sizes:
-        damaged = bytearray(whole)
-        damaged[whole.rindex(_varint(size))] ^= 1  # a negative length
-        path.write_bytes(damaged)
-        try:
-            DeltaTable(table.root.uri)
-        except Exception:  # noqa: BLE001, S112
-            continue  # it noticed
-        except BaseException:
-            break
-    else:
-        raise AssertionError("delta-rs does not panic any more: without_panics can go")
-    with pytest.raises(IntegrityError, match=r"cannot be understood, it is damaged: .* delete the"):
-        Table.open(table.root.uri)

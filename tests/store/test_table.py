@@ -256,24 +256,6 @@ def test_a_guard_is_asked_again_after_a_lost_race(tmp_path: Path) -> None:
     assert sorted(file.unit for file in made.files) == [unit_name(0), unit_name(7)]
 
 
-def test_races_that_are_lost_are_no_attempts_that_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(racing, "COMMIT_ATTEMPTS", 2)
-    table = empty(tmp_path / "t")
-    others = iter(range(1, 7))
-
-    def guard(newest: Table) -> None:
-        if (number := next(others, None)) is not None:
-            commit(newest, store_unit(newest, number))
-
-    assert commit(table, store_unit(table, 0), guard=guard).version == 7
-    monkeypatch.setattr(racing, "LOST_RACES", 2)
-    others = iter(range(11, 99))
-    with pytest.raises(TryAgainError, match="nothing is lost, run the command again"):
-        commit(table, store_unit(table, 10), guard=guard)
-
-
 def test_an_old_version_stays_as_it_was(tmp_path: Path) -> None:
     table = empty(tmp_path / "t")
     one = commit(table, store_unit(table, 0))

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 
 from softlabels.errors import BadInputError, MismatchError, TryAgainError
-from softlabels.query.takedown import Request, take_down
 from softlabels.store.claims import Claims, claim_path, claimed_units
 from softlabels.store.compact import compact
 from softlabels.store.deleted import example_keys, record_deleted
@@ -20,7 +19,7 @@ from softlabels.store.rollback import rollback
 from softlabels.store.table import Table, TableFile
 from softlabels.teacher.capture import Progress, Report, Sharing, capture
 from tests.teacher.jobs import TOYS, make_run, make_spec, stored, write_source
-from tests.teacher.test_capture import ids, meanwhile, stop_after
+from tests.teacher.test_capture import ids, stop_after
 
 ROW_BY_ROW = {"module": f"{TOYS}:RowByRow"}
 
@@ -298,52 +297,6 @@ def test_an_example_deleted_while_it_is_labelled_does_not_come_in(folder: Path) 
     assert len(table.root.names("data")) == len(table.files)  # the first attempt's file is gone
 
 
-def test_a_file_whose_commit_may_yet_arrive_is_kept(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = make_spec(folder)
-    capture(spec, sharing=Sharing(shard=(7, 8)))
-    commit, left = Table._commit_once, [True]
-
-    def lost(self: Table, *arguments: object) -> None:
-        if left:
-            left.pop()
-            record_deleted(self.root, "c" * 64, example_keys(ids(3, 6)))
-            raise OSError("no reply")
-        commit(self, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Table, "_commit_once", lost)
-    assert capture(spec).rows == 97
-    table = Table.open(spec.table)
-    assert len(table.root.names("data")) == len(table.files) + 1
-    assert stored(spec.table, ["example_id"])["example_id"] == ids(0, 3) + ids(6, 100)
-
-
-def test_a_takedown_is_no_loss_until_it_is_lifted(folder: Path) -> None:
-    spec = make_spec(folder)
-    capture(spec)
-    taken = frozenset([*ids(40, 80), *ids(90, 95)])  # a whole unit and some of the next
-    take_down(Table.open(spec.table), Request(ids=taken))
-    found = capture(spec)
-    assert (found.rows, found.already, found.missing) == (0, 55, 0)
-    take_down(Table.open(spec.table), Request(ids=taken, allow_again=True))
-    with pytest.raises(MismatchError, match=r"40 rows .*delete at version 4"):
-        capture(spec)
-    assert capture(make_spec(folder, shard_rows=50)).rows == 45
-    assert capture(spec).missing == 0
-    assert stored(spec.table, ["example_id"])["example_id"] == ids(0, 100)
-
-
-def test_rows_of_another_run_that_are_rolled_back_meanwhile_are_labelled(folder: Path) -> None:
-    write_source(folder / "other" / "a.parquet", 70, 90)
-    other = {"files": str(folder / "other" / "*.parquet")}
-    capture(make_spec(folder, source=other))
-    spec = make_spec(folder)
-    report = capture(spec, meanwhile(lambda: rollback(Table.open(f"{spec.table}@0"))))
-    assert (report.rows, report.missing) == (100, 0)
-    assert stored(spec.table, ["example_id"])["example_id"] == ids(0, 100)
-
-
 def test_a_compacted_table_is_known_to_hold_the_run(folder: Path) -> None:
     spec = make_spec(folder, shard_rows=10)
     capture(spec)
@@ -357,27 +310,6 @@ def test_a_compacted_table_is_known_to_hold_the_run(folder: Path) -> None:
     more = capture(make_spec(folder, shard_rows=10))
     assert (more.rows, more.already) == (30, 100)
     assert stored(spec.table, ["example_id"])["example_id"] == ids(0, 130)
-
-
-def test_a_compacted_file_under_this_run_s_name_has_rows_of_others(folder: Path) -> None:
-    spec = make_spec(folder)
-    with pytest.raises(TryAgainError):
-        capture(spec, stop_after(50))
-    run = make_run(folder).id
-    for start in range(45, 75):  # until the other's name comes after this one's
-        write_source(folder / "other" / "a.parquet", start, start + 5)
-        other = {"files": str(folder / "other" / "*.parquet")}
-        if make_run(folder, source=other).id > run:
-            break
-    assert capture(make_spec(folder, source=other)).rows == 5
-    # An earlier release left no record of runs, so that nobody knows that this one goes on.
-    for record in Path(spec.table, "_softlabels", "runs").iterdir():
-        record.unlink()
-    compact(Table.open(spec.table))
-    (file,) = Table.open(spec.table).files
-    assert (file.unit, file.num_rows) == (f"{run[:16]}-000000c", 45)
-    assert capture(spec).rows == 55
-    assert stored(spec.table, ["example_id"])["example_id"] == ids(0, 100)
 
 
 def test_each_file_of_another_run_is_looked_at_once(
