@@ -8,9 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +16,9 @@ import numpy.typing as npt
 from softlabels.errors import IntegrityError
 from softlabels.storage import Root
 from softlabels.store.closed import ranges
+from softlabels.store.entries import FOLDER, LogEntry, read_entries
 
-LOG = "_delta_log"
 _ENTRY = re.compile(r"(\d{20})\.json")
-_READERS = 16
-"""Entries read at once: on object storage each is a request."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +78,19 @@ def read_lifetimes(root: Root, version: int) -> Lifetimes:
         IntegrityError: an entry is missing or damaged: nothing must be removed on its word.
     """
     modified: dict[int, float | None] = {}
-    for entry in root.entries(LOG):
-        match = _ENTRY.fullmatch(entry.name)
+    for file in root.entries(FOLDER):
+        match = _ENTRY.fullmatch(file.name)
         if match is not None and int(match[1]) <= version:
-            modified[int(match[1])] = entry.modified
-    for number in range(version + 1):
-        if number not in modified:
+            modified[int(match[1])] = file.modified
+    entries: list[LogEntry] = []
+    for number, entry in enumerate(read_entries(root, range(version + 1))):
+        if entry is None or number not in modified:
             raise IntegrityError(
                 f"table {root.uri!r}: the log entry of version {number} is missing, so that nobody "
                 "can say which files older versions hold"
             )
-    with ThreadPoolExecutor(_READERS) as pool:
-        entries = pool.map(lambda number: _read(root, number), range(version + 1))
-        spans, files, rows = _followed(root, entries)
+        entries.append(entry)
+    spans, files, rows = _followed(root, entries)
     times = [modified[number] for number in range(version + 1)]
     return Lifetimes(version, spans, _replaced_at(times), files, rows)
 
@@ -106,38 +102,29 @@ def _replaced_at(times: Sequence[float | None]) -> npt.NDArray[np.float64]:
     return np.append(rising[1:], math.inf)
 
 
-class _Entry(NamedTuple):
-    """Files that a version added, with their rows, -1 where unknown, and those that it removed."""
-
-    added: dict[str, int]
-    removed: list[str]
-
-
-def _read(root: Root, version: int) -> _Entry:
-    path = f"{LOG}/{version:020d}.json"
-    found = _Entry({}, [])
+def _rows_added(root: Root, entry: LogEntry) -> dict[str, int]:
+    """Rows of each file that a commit put in, -1 where the log does not say."""
     try:
-        for line in root.read(path).splitlines():
-            action = json.loads(line) if line.strip() else {}
-            if "add" in action:
-                statistics = json.loads(action["add"].get("stats") or "{}")
-                found.added[str(action["add"]["path"])] = int(statistics.get("numRecords", -1))
-            if "remove" in action:
-                found.removed.append(str(action["remove"]["path"]))
+        return {
+            str(add["path"]): int(json.loads(add.get("stats") or "{}").get("numRecords", -1))
+            for add in entry.added
+        }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise IntegrityError(f"log entry {path!r} of {root.uri!r} is damaged") from error
-    return found
+        raise IntegrityError(
+            f"log entry of version {entry.version} of {root.uri!r} is damaged"
+        ) from error
 
 
 def _followed(
-    root: Root, entries: Iterable[_Entry]
+    root: Root, entries: Iterable[LogEntry]
 ) -> tuple[dict[str, list[Span]], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Spans of each path, and how many files and rows each version held."""
     spans: dict[str, list[Span]] = {}
     counts: dict[str, int] = {}
     sums: list[tuple[int, int]] = []
     files = rows = unknown = 0
-    for version, entry in enumerate(entries):
+    for entry in entries:
+        version = entry.version
         for path in entry.removed:
             known = spans.get(path)
             if not known or known[-1].last is not None:
@@ -146,7 +133,7 @@ def _followed(
                 )
             known[-1] = Span(known[-1].first, version - 1)
             files, rows, unknown = _moved((files, rows, unknown), -1, counts[path])
-        for path, count in entry.added.items():
+        for path, count in _rows_added(root, entry).items():
             known = spans.setdefault(path, [])
             if not known or known[-1].last is not None:
                 known.append(Span(version, None))

@@ -13,14 +13,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from softlabels.lineage import RunLineage
-from softlabels.store import claims, files
+from softlabels.store import claims, entries, files
 from softlabels.store.log import kind_of
 from softlabels.store.runs import RunRecord, run_records
 from softlabels.store.table import Table
 
 CLOCK = "this machine's, against the times that the store gave its objects"
 
-_LOG = "_delta_log"
 _WINDOW = 20
 """Commits that the rate is taken from."""
 _PAUSE = 10
@@ -130,7 +129,7 @@ class _Look:
                 self._commits.setdefault(run.run_id, []).append((commit["version"], run))
         self._made_at = {
             int(entry.name.removesuffix(".json")): entry.modified
-            for entry in table.root.entries(_LOG)
+            for entry in table.root.entries(entries.FOLDER)
             if entry.name.removesuffix(".json").isdecimal() and entry.modified is not None
         }
         self._data = [entry for entry in table.root.entries(files.FOLDER) if entry.is_file]
