@@ -171,19 +171,8 @@ class _Bars:
 
 @contextlib.contextmanager
 def _bytes_bar() -> Iterator[_Bars]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as TimeLeft
-
     with contextlib.ExitStack() as stack:
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TimeLeft(),
-            console=Console(stderr=True),
-        )
-        counted = progress()
+        bar, counted = progress(in_bytes=True), progress()
         shown: list[Any] = []
 
         def begin(kind: str, total: int) -> None:

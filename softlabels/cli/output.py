@@ -55,16 +55,16 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def progress(*columns: Any) -> "Progress":
-    """A rich progress display on stderr; `columns` stand after bar and count."""
+def progress(*columns: Any, in_bytes: bool = False) -> "Progress":
+    """A rich progress display on stderr; `columns` stand after bar and count, or bytes."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
 
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        DownloadColumn() if in_bytes else MofNCompleteColumn(),
         *columns,
         TimeLeft(),
         console=Console(file=cast(TextIO, _Lossy(sys.stderr))),

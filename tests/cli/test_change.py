@@ -1,8 +1,11 @@
 """What a user meets of delete, compact and publish: what they say, their JSON, their errors."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +166,13 @@ def test_other_failures_are_1(tmp_path: Path, table: Table) -> None:
 @pytest.mark.parametrize("verb", ["delete", "compact", "publish"])
 def test_help_has_an_example(tmp_path: Path, verb: str) -> None:
     assert f"Example: softlabels {verb}" in run(verb, "--help", cwd=tmp_path).stdout
+
+
+def test_the_work_goes_on_when_nobody_sees_its_progress(tmp_path: Path, table: Table) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "softlabels", "compact", table.root.uri]
+    done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 0
+    assert len(table.latest().files) == 1
