@@ -94,7 +94,7 @@ def plan_publish(source: Table, uri: str, tag: str | None = None) -> Published:
     with tempfile.TemporaryDirectory(prefix="softlabels-publish-") as folder:
         there = mirrored(target, folder)
         report = _report(source, target, there)
-        if there is not None and not holds(there, source, target.uri):
+        if there is not None and report.version is None:
             require_older(there, source, target.uri)
         # Files that wait there uncommitted are compared when it is done.
         sizes = sizes_at(target)
@@ -164,7 +164,7 @@ class _Job:
         with tempfile.TemporaryDirectory(prefix="softlabels-publish-") as folder:
             there = mirrored(self.target, folder)
             report = _report(self.source, self.target, there)
-            done = there is not None and holds(there, self.source, self.target.uri)
+            done = report.version is not None
             if there is not None and not done:
                 require_older(there, self.source, self.target.uri)
             self._copy(there)
