@@ -20,7 +20,7 @@ import pytest
 import typer
 
 from pipelines.readme import README, put, require_place
-from softlabels.cli.main import run
+from softlabels.cli.main import SETTINGS, run
 from softlabels.cli.output import markdown_table
 from softlabels.errors import BadInputError
 from tests.faults.record import FAULTS, REPORT
@@ -33,12 +33,7 @@ TIMEOUT = 4 * 3600
 
 Line = dict[str, Any]
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(**SETTINGS)
 
 
 @app.command()

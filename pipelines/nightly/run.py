@@ -18,16 +18,11 @@ from typing import Annotated
 import typer
 
 from pipelines.nightly.spec import DEFAULT, NightSpec
-from softlabels.cli.main import run
+from softlabels.cli.main import SETTINGS, run
 from softlabels.errors import BadInputError, SoftLabelsError
 from softlabels.signals import stop_on_signal
 
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(**SETTINGS)
 
 
 @app.command()

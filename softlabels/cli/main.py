@@ -4,21 +4,22 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
 import softlabels
 from softlabels.errors import SoftLabelsError, printable
 
-app = typer.Typer(
-    name="softlabels",
-    help=__doc__,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+SETTINGS: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+"""Of every app that `run` runs: it is `main` that says how errors end."""
+
+app = typer.Typer(name="softlabels", help=__doc__, no_args_is_help=True, **SETTINGS)
 
 
 def main(command: Callable[[], object] = app) -> None:
