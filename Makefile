@@ -5,6 +5,8 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 BIN := .venv/bin
 READY := .venv/.ready
 SMOLLM2 := .venv/.smollm2
+# Test files at once; a module of tests runs in one process.
+JOBS := auto
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-lm test test-all faults check fix bench bench-lm stats-lm clean
@@ -19,10 +21,10 @@ demo-lm: $(SMOLLM2) ## Label real text with SmolLM2, train students (out/demo-lm
 	$(BIN)/python -m pipelines.smollm2.demo
 
 test: $(READY) ## Run the tests (minutes).
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-all: $(READY) ## Run all tests, the long ones too.
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m ''
 
 faults: $(READY) ## Kill, race, flip and cut by the hundred; rewrites the README's table (hours; ONLY=flips: a part).
 	$(BIN)/python -m pipelines.faults $(ONLY)

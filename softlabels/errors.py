@@ -53,6 +53,11 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
+def counted(number: int, name: str, plural: str | None = None) -> str:
+    """How many there are, in words: "1 row", "2 rows"; `plural` where that is not name + "s"."""
+    return f"{number} {name if number == 1 else plural or f'{name}s'}"
+
+
 def printable(text: str) -> str:
     """`text` with escapes for characters that steer a terminal: names in files are strangers'."""
     return _STEERING.sub(lambda found: repr(found[0])[1:-1], text)

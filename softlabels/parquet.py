@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from softlabels import delta
 from softlabels.errors import IntegrityError
 from softlabels.thrift import Compact, Wanted
 
@@ -59,9 +60,9 @@ UNREADABLE = (
 _WIDTHS = {0: 1, 1: 4, 2: 8, 3: 12, 4: 4, 5: 8}  # of physical types: BOOLEAN, INT32, … DOUBLE
 _TEXT = 6
 
-_CHUNK: Wanted = dict.fromkeys((1, 3, 5, 7, 9, 11))
+_CHUNK: Wanted = dict.fromkeys((1, 3, 4, 5, 7, 9, 11))
 _FOOTER: Wanted = {4: {1: {3: _CHUNK}}}
-_PAGE: Wanted = {2: None, 3: None, 5: {1: None}, 7: {1: None}, 8: {1: None}}
+_PAGE: Wanted = {2: None, 3: None, 7: {1: None}, **delta.WANTED}
 _DICTIONARY_PAGE, _DATA_PAGES = 7, (5, 8)
 _PAGE_STRUCTS = 100
 
@@ -74,6 +75,7 @@ class Chunk:
         index: of the leaf among all.
         path: of the leaf, with dots.
         kind: physical type, by Parquet's number.
+        codec: by Parquet's number.
         values: nulls and empty lists included.
         start: where its first page is.
         stored: bytes in the file.
@@ -82,6 +84,7 @@ class Chunk:
     index: int
     path: str
     kind: int
+    codec: int
     values: int
     start: int
     stored: int
@@ -214,7 +217,9 @@ class Parquet(pq.ParquetFile):  # type: ignore[misc]
 
     def _pages(self, group: int, chunk: Chunk) -> Pages:
         try:
-            return _read_pages(self._view, chunk)
+            leaf = self.schema.column(chunk.index)
+            levels = (leaf.max_definition_level > 0) + (leaf.max_repetition_level > 0)
+            return _read_pages(self._view, chunk, levels)
         except (LookupError, RecursionError) as error:
             raise IntegrityError(
                 f"the pages of column {chunk.path!r} in row group {group} are damaged"
@@ -227,9 +232,10 @@ class Parquet(pq.ParquetFile):  # type: ignore[misc]
     def _decoded(self, group: int, chunk: Chunk) -> int:
         """Bytes in memory of a whole column chunk."""
         pages = self._pages(group, chunk)
-        # Two levels of 2 bytes each, or an offset of 4, come with each value.
+        # Two levels of 2 bytes each, or 4 of an offset for each list around it, come with a value.
         values = max(pages.values, chunk.values, 0)
-        size = max(pages.size, values * (self._width(chunk) + 4))
+        lists: int = max(1, self.schema.column(chunk.index).max_repetition_level)
+        size = max(pages.size, values * (self._width(chunk) + 4 * lists))
         if chunk.kind == _TEXT and pages.dictionary:
             # As if every value were as long as the dictionary; where that is too much, as it is.
             if size + values * pages.dictionary <= MOST_BYTES:
@@ -327,11 +333,14 @@ def _chunk(index: int, described: dict[int, Any]) -> Chunk:
     data = described[3]
     starts = [data[place] for place in (9, 11) if place in data]
     path = b".".join(data[3]).decode()
-    return Chunk(index, path, data[1], data[5], min(starts), data[7])
+    return Chunk(index, path, data[1], data[4], data[5], min(starts), data[7])
 
 
-def _read_pages(data: memoryview, chunk: Chunk) -> Pages:
-    """Reads no more than headers. Raises LookupError where the bytes end or mean nothing."""
+def _read_pages(data: memoryview, chunk: Chunk, levels: int) -> Pages:
+    """Reads headers, and pages where these hide what a page becomes.
+
+    Raises LookupError where the bytes end or mean nothing, IntegrityError where they mean too much.
+    """
     at, values = chunk.start, 0
     end = at + chunk.stored
     size = largest = heaviest = dictionary = count = 0
@@ -344,10 +353,16 @@ def _read_pages(data: memoryview, chunk: Chunk) -> Pages:
         if min(unpacked, packed, held) < 0 or count > MOST_PAGES:
             raise IndexError(at)
         if _DICTIONARY_PAGE in header:
+            if header[_DICTIONARY_PAGE][1] > unpacked:  # pyarrow makes room for so many first
+                raise IndexError(at)
             dictionary = max(dictionary, unpacked)
         values += held
         heaviest = max(heaviest, unpacked // max(held, 1) if held else 0)
         size, largest = size + unpacked, max(largest, unpacked)
+        if delta.encoding(header) in delta.HIDING:
+            _require(unpacked, chunk.stored, f"a page of column {chunk.path!r}")
+            page = data[reader.at : reader.at + packed]
+            delta.check_page(header, page, unpacked, chunk.codec, levels)
         at = reader.at + packed
     return Pages(size, values, largest, heaviest, dictionary)
 

@@ -12,6 +12,9 @@ from softlabels.errors import IntegrityError
 
 MOST_NESTED = 16
 
+VALUES_A_STRUCT = 16
+"""How many values there may be for each struct that there may be: Parquet's largest has 17."""
+
 STRUCT = 12
 _BOOLEANS, _BYTE, _WHOLE, _DOUBLE, _BINARY, _LISTS = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10)
 
@@ -23,7 +26,8 @@ class Compact:
     """A reader of one value after the other.
 
     Its methods raise IndexError where the bytes end or mean nothing, RecursionError where values
-    are nested too deep, IntegrityError where there are more than `structs` structs.
+    are nested too deep, IntegrityError where there are more than `structs` structs, or more values
+    than so many need.
 
     Attributes:
         at: the next byte.
@@ -33,15 +37,17 @@ class Compact:
         self._view = data.cast("B")  # those of Arrow are signed
         self.at = at
         self._left = structs
+        self._values_left = VALUES_A_STRUCT * structs
 
     def struct(self, wanted: Wanted, depth: int = 0) -> dict[int, Any]:
         """The wanted fields of the struct here, as far as it has them, by number.
 
-        Whole numbers are int, text is bytes, structs as this, lists are lists of these.
+        Whole numbers are int, truth values bool, text is bytes, structs as this, lists are lists of
+        these.
         """
         self._left -= 1
         if self._left < 0:
-            raise IntegrityError("a header holds more structs than Parquet needs")
+            raise IntegrityError(_TOO_MANY)
         if depth > MOST_NESTED:
             raise RecursionError
         view = self._view
@@ -50,8 +56,13 @@ class Compact:
         while mark := view[self.at]:
             self.at += 1
             kind = mark & 15
+            self._values_left -= 1
+            if self._values_left < 0:
+                raise IntegrityError(_TOO_MANY)
             field = field + (mark >> 4) if mark >> 4 else _signed(self._varint())
             if kind in _BOOLEANS:
+                if field in wanted:
+                    found[field] = kind == 1
                 continue
             value = self._value(kind, wanted.get(field, _NOTHING), depth)
             if field in wanted:
@@ -85,6 +96,9 @@ class Compact:
             count = self._varint()
         if count > len(self._view) - self.at:  # each takes a byte at least
             raise IndexError(count)
+        self._values_left -= count
+        if self._values_left < 0 or (kind == STRUCT and count > self._left):
+            raise IntegrityError(_TOO_MANY)
         # In a list, unlike in a field, true and false are a byte.
         kind = _BYTE if kind in _BOOLEANS else kind
         return [self._value(kind, wanted, depth + 1) for _ in range(count)]
@@ -103,6 +117,7 @@ class Compact:
 
 
 _NOTHING: Wanted = {}
+_TOO_MANY = "a header holds more values than Parquet needs"
 
 
 def _signed(number: int) -> int:

@@ -24,6 +24,7 @@ LAYERS = {
     "softlabels.signals": 1,
     "softlabels.specs": 1,
     "softlabels.thrift": 1,
+    "softlabels.delta": 1,
     "softlabels.imports": 2,
     "softlabels.parquet": 2,
     "softlabels.noise_model": 2,

@@ -421,6 +421,7 @@ ATTACKS = [
     "SELECT getvariable('x')",
     "SELECT write_log('hush')",
     "SELECT sleep_ms(10000)",
+    "SELECT pg_sleep(10)",
     "SELECT * FROM labels WHERE EXISTS (FROM read_text('{secret}'))",
     "SELECT * FROM labels JOIN read_text('{secret}') ON true",
     "SELECT (FROM read_text('{secret}') SELECT content)",

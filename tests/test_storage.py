@@ -229,6 +229,12 @@ def test_a_scheme_that_nothing_serves_and_a_nul_are_refused() -> None:
         open_root("a\0b")
 
 
+@pytest.mark.parametrize("uri", ["", "s3://", "s3://b//t", "s3://b/./t", "s3://b/x/../t"])
+def test_places_that_clients_take_differently_are_refused(uri: str) -> None:
+    with pytest.raises(BadInputError, match=r"^(cannot open|expected a folder)"):
+        open_root(uri)
+
+
 def test_local_roots_have_absolute_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for uri in ("t", "./t", "t/", "x/../t", str(tmp_path / "t"), f"file://{tmp_path}/t"):

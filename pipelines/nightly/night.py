@@ -5,6 +5,7 @@ was killed goes on at the step that it was in.
 """
 
 import posixpath
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from softlabels.errors import (
     IntegrityError,
     MismatchError,
     TryAgainError,
+    counted,
 )
 from softlabels.plan import Plan
 from softlabels.query.mix import mix, pin
@@ -27,13 +29,18 @@ from softlabels.query.recipe import Recipe
 from softlabels.specs import validate
 from softlabels.storage import find_files, open_root
 from softlabels.store import tags
+from softlabels.store.closed import require_open
 from softlabels.store.inspect import verify
+from softlabels.store.lifetimes import read_lifetimes
+from softlabels.store.returning import find_returning, rows_lacking
 from softlabels.store.table import Table, TableFile
 from softlabels.teacher.capture import capture
 from softlabels.teacher.spec import CaptureSpec, SequenceCaptureSpec, read_capture
 
 PLACE = "{date}"
 """What stands for the day in `source.files` and in the recipe."""
+
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,8 @@ def run_night(
         TryAgainError: the partition is not there or not whole yet, it was told to stop, or storage
             does not answer: the same call later goes on.
         DamagedError: the version does not pass `verify`; it gets no tag.
-        DataError: the day is done and files came to its partition since.
+        DataError: the day is done and files came to its partition since, or a rollback has taken
+            rows of earlier days out.
         MismatchError: the day's rows were rolled back before they had a tag, or another plan is in
             the place of its own.
     """
@@ -163,10 +171,20 @@ def run_night(
     version = tagged_version(night)
     if version is None:
         require_partition(night)
+        require_earlier_rows(night)
         report = capture(night.capture)
         say(f"{night.day} capture: {report.rows} rows labelled, {report.units} units")
         go_on()
-        version = version_of(Table.open(night.capture.table), report.run_id)
+        newest = Table.open(night.capture.table)
+        first = version_of(newest, report.run_id)
+        version = without_deleted(newest, first)
+        if version != first:
+            say(
+                f"{night.day}: versions before {version} hold rows that were deleted since, or "
+                "were vacuumed; what later days added up to it is in its tag too"
+            )
+        if later := later_days(newest, night.day, version):
+            say(f"{night.day}: done after {', '.join(later)}, whose rows are in its tag too")
         tag_verified(night, version, go_on)
         say(f"{night.day} verify, tag: version {version}")
     go_on()
@@ -199,12 +217,31 @@ def require_partition(night: Night) -> None:
         )
 
 
+def require_earlier_rows(night: Night) -> None:
+    """Raises DataError where a rollback has taken rows of the day before out again.
+
+    The day's plan is to hold all rows up to it. What was deleted is no loss.
+    """
+    root = open_root(night.capture.table)
+    named = [name for name in tags.tag_names(root) if _DAY.fullmatch(name)]
+    before = max((name for name in named if name < night.day), default=None)
+    if before is None:
+        return
+    newest, version = Table.open(night.capture.table), tags.read_tag(root, before).version
+    changes = ((c["version"], c["change"]) for c in newest.history() if c["change"] is not None)
+    back = [made for made, c in changes if made > version and c.operation == "rollback"]
+    if back and (lacking := rows_lacking(Table.open(f"{root.uri}@{before}"), newest)):
+        raise DataError(
+            f"{counted(lacking, 'example')} of {root.uri}@{before} went by the rollback at version "
+            f"{back[0]}: roll back to {before}, or delete that tag if its day shall be without them"
+        )
+
+
 def version_of(table: Table, run_id: str) -> int:
     """The version that has a run's rows and nothing of later runs.
 
-    It is that of the run's last commit, or of the last delete or compact that followed directly:
-    rows that were taken down before the day got its tag do not come back with it. (A rollback that
-    takes the day's rows away is refused by `capture`.)
+    It is that of the run's last commit, or of the last delete or compact that followed directly.
+    (A rollback that takes the day's rows away is refused by `capture`.)
 
     Raises:
         MismatchError: the run has no commit.
@@ -223,6 +260,29 @@ def version_of(table: Table, run_id: str) -> int:
     return int(version)
 
 
+def without_deleted(newest: Table, first: int) -> int:
+    """The earliest version from `first` on that can be opened and has no row that was deleted."""
+    version, life = first, read_lifetimes(newest.root, newest.version)
+    while version < newest.version:
+        try:
+            require_open(newest.root, version)
+        except BadInputError:  # vacuumed
+            version += 1
+            continue
+        held = find_returning(newest.at(version), newest).rows
+        if not held:
+            return version
+        lasts = [span.last for path in held for span in life.spans[path] if span.last is not None]
+        version = 1 + min(last for last in lasts if last >= version)
+    return newest.version
+
+
+def later_days(newest: Table, day: str, version: int) -> list[str]:
+    """Days after `day` that were tagged on this version or earlier ones."""
+    days = (tag for tag in tags.all_tags(newest.root) if _DAY.fullmatch(tag.name))
+    return sorted(tag.name for tag in days if tag.name > day and tag.version <= version)
+
+
 def tag_verified(night: Night, version: int, go_on: Callable[[], None] = lambda: None) -> None:
     """Gives a version the day's tag, if every file of it is whole.
 
@@ -234,7 +294,7 @@ def tag_verified(night: Night, version: int, go_on: Callable[[], None] = lambda:
     if report["problems"]:
         raise DamagedError(
             f"version {version} of {table.root.uri!r} gets no tag {night.day!r}, verify found "
-            f"{len(report['problems'])} problems: {report['problems'][0]}",
+            f"{counted(len(report['problems']), 'problem')}: {report['problems'][0]}",
             report,
         )
     tags.make_tag(table.root, night.day, version, table.snapshot_digest)

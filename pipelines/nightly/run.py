@@ -43,6 +43,9 @@ def main(
     last: Annotated[
         int | None, typer.Option("--last", min=1, help="So many days, up to yesterday.")
     ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Say on stderr only what goes wrong.")
+    ] = False,
 ) -> None:
     """Label, verify, tag and mix the partition of a day; yesterday's (UTC) when none is named.
 
@@ -56,7 +59,7 @@ def main(
     with stop_on_signal() as stopped:
         for one in days:
             try:
-                report = run_night(night_of(found, one), _say, stopped)
+                report = run_night(night_of(found, one), _mute if quiet else _say, stopped)
             except SoftLabelsError as error:
                 _print({"day": one.isoformat(), "exit": error.exit_code, "error": str(error)})
                 raise
@@ -94,6 +97,10 @@ def _parse(name: str, text: str) -> date:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _mute(line: str) -> None:
+    pass
 
 
 def _print(line: dict[str, object]) -> None:

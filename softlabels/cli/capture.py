@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from softlabels.cli.output import print_json, progress
+from softlabels.errors import counted
 
 if TYPE_CHECKING:
     from softlabels.cli.outcome import Outcome
@@ -115,16 +116,17 @@ def _lines(report: "Report") -> Iterator[str]:
         yield f"{count} left out of the source: {reason}"
     if report.repeated:
         yield (
-            f"{report.repeated} source rows repeat an example and were labelled once"
-            f" ({report.relabelled} of them with another hard label)"
+            f"{counted(report.repeated, 'source row repeats', 'source rows repeat')} an example: "
+            f"labelled once ({report.relabelled} with another hard label)"
         )
     if report.deleted:
-        yield f"{report.deleted} rows were left out: they were deleted from the table before"
+        yield f"{counted(report.deleted, 'row')} left out: deleted from the table before"
     if report.left:
-        yield f"{report.left} of {report.units} units are left to other workers"
+        yield f"{report.left} of {counted(report.units, 'unit')} left to other workers"
     elif not report.committed:
-        yield f"nothing left to label: all {report.units} units were there"
-    yield f"{report.table}@{report.version}: {report.rows} rows labelled, {report.already} before"
+        yield f"nothing left to label: {counted(report.units, 'unit was', 'units were')} there"
+    rows = counted(report.rows, "row")
+    yield f"{report.table}@{report.version}: {rows} labelled, {report.already} before"
 
 
 @contextmanager
@@ -153,6 +155,6 @@ def _progress(outcome: "Outcome") -> "Iterator[Progress]":
             outcome.update()
 
         def waiting(units: int) -> None:
-            bar.update(labelling, note=f"waiting for other workers, who are at {units} units")
+            bar.update(labelling, note=f"waiting for other workers, at {counted(units, 'unit')}")
 
         yield Progress(scanned, planned, done, waiting=waiting, reported=outcome.update)

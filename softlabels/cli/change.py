@@ -5,22 +5,21 @@ import dataclasses
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from softlabels.cli.output import print_json, print_table, progress
-from softlabels.cli.table import JsonOption, TableArgument
+from softlabels.cli.table import DryRunOption, JsonOption, TableArgument, YesOption, requires_yes
+from softlabels.errors import counted
 
 if TYPE_CHECKING:
     from softlabels.query.takedown import Takedown
     from softlabels.store.compact import Compaction
     from softlabels.store.holders import Holders
     from softlabels.store.publish import Published
-
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -45,7 +44,8 @@ def delete(
             help="Delete these: one example_id a line; -: of standard input.",
         ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it nothing is.")] = False,
+    yes: YesOption = False,
+    dry_run: DryRunOption = False,
     record_where: Annotated[
         bool, typer.Option("--record-where", help="Put the SQL into the log, not its sha256 only.")
     ] = False,
@@ -77,15 +77,17 @@ def delete(
         )
     if (where is None) == (ids is None):
         raise BadInputError("expected either --where SQL or --ids FILE")
+    dry_run = requires_yes(yes, dry_run)
     wanted = None if ids is None else _read_ids(ids)
     request = Request(where, wanted, record_where, allow_again)
     with _bytes_bar() as bars:
         watching = Watching(bars.begin, bars.advance)
-        found = (take_down if yes else plan_takedown)(Table.open(table), request, watching)
+        run = plan_takedown if dry_run else take_down
+        found = run(Table.open(table), request, watching)
     if as_json:
-        print_json(_takedown_values(found) | {"deleted": yes})
+        print_json(_takedown_values(found) | {"deleted": not dry_run, "dry_run": dry_run})
         return
-    _print_takedown(found, table, yes, allow_again)
+    _print_takedown(found, table, not dry_run, allow_again)
 
 
 def compact(
@@ -130,8 +132,10 @@ def publish(
     table: TableArgument,
     uri: Annotated[str, typer.Argument(metavar="URI", help="Where to: a folder, s3://, hf://, …")],
     tag: Annotated[
-        str | None, typer.Option("--tag", metavar="NAME", help="Tag the version there.")
+        str | None,
+        typer.Option("--tag", metavar="NAME", help="Tag the version there; default: TABLE@TAG's."),
     ] = None,
+    no_tag: Annotated[bool, typer.Option("--no-tag", help="Make no tag there.")] = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -140,14 +144,21 @@ def publish(
     Also to stores on which no table can be written to. Every file's sha256 is checked after it has
     arrived, the log comes last: until then readers see no table, or the version before. Publish a
     later version to the same place and it becomes the copy's next. The copy has the same digest,
-    and plans read it by --root. The same command goes on where it stopped.
+    and plans read it by --root. A version that is named by its tag has that tag there too; where
+    the tag stands for something else there, nothing is copied. Other tags stay behind. The same
+    command goes on where it stopped.
 
-    Example: softlabels publish labels@v3 s3://bucket/labels --tag v3
+    Example: softlabels publish labels@v3 s3://bucket/labels
     """
+    from softlabels.errors import BadInputError
     from softlabels.store.publish import Watching, plan_publish
     from softlabels.store.publish import publish as run
-    from softlabels.store.table import Table
+    from softlabels.store.table import Table, parse_reference
 
+    if tag is not None and no_tag:
+        raise BadInputError("--tag or --no-tag? Give one of them")
+    mark = parse_reference(table)[1] or ""
+    tag = None if no_tag else tag or (None if mark.isdecimal() else mark or None)
     opened = Table.open(table)
     if dry_run:
         found = plan_publish(opened, uri, tag)
@@ -211,6 +222,8 @@ def _read_ids(path: Path) -> frozenset[str]:
             return read_ids(sys.stdin)
         with path.open(encoding="utf-8", newline="\n") as lines:
             return read_ids(lines)
+    except FileNotFoundError as error:
+        raise BadInputError(f"--ids: there is no file {str(path)!r}") from error
     except UnicodeDecodeError as error:
         raise BadInputError(f"--ids {str(path)!r}: expected UTF-8 text, one id a line") from error
     except OSError as error:
@@ -225,6 +238,7 @@ def _takedown_values(found: "Takedown") -> dict[str, Any]:
             "versions": holders.versions,
             "tags": [tag.model_dump() for tag in holders.tags],
             "files": holders.files,
+            "uncommitted": holders.uncommitted,
         }
     }
 
@@ -233,38 +247,43 @@ def _print_takedown(found: "Takedown", table: str, deleted: bool, allow_again: b
     if found.some_ids:
         print(f"examples: {', '.join(found.some_ids)}{', …' if found.examples > 10 else ''}")
     if found.unknown:
-        print(f"{found.unknown} of the ids that were asked for are of no row")
+        print(f"{counted(found.unknown, 'id that was', 'ids that were')} asked for: of no row")
     if found.lifted:
-        print(f"{found.lifted} examples may be labelled again")
+        print(f"{counted(found.lifted, 'example')} may be labelled again")
     if found.earlier and not found.rows:
-        versions = ", ".join(map(str, found.earlier))
-        print(f"the same was asked for before: version {versions} is without these rows")
+        which = counted_versions([(version, version) for version in found.earlier], "is", "are")
+        print(f"the same was asked for before: {which} without these rows")
     if found.holders is not None:
         _print_holders(found.holders, table)
-    files = f"{found.rewritten} files are written again, {found.dropped} dropped"
+    rewritten = counted(found.rewritten, "file is written", "files are written")
+    files = f"{rewritten} again, {found.dropped} dropped"
+    what = f"{counted(found.rows, 'row')} of {counted(found.examples, 'example')}"
     where = f"{found.table}@{found.version}"
     if not found.rows:
         print(f"{where}: no row matches, nothing was deleted")
     elif not deleted:
         print(
-            f"{found.table}: {found.rows} rows of {found.examples} examples would be deleted, "
-            f"{found.rows_left} left ({files}); add --yes to do it"
+            f"{found.table}: {what} would be deleted, {found.rows_left} left ({files}); add --yes "
+            "to do it"
         )
     else:
         again = "" if allow_again else "; captures will pass them over"
-        print(
-            f"{where}: {found.rows} rows of {found.examples} examples deleted, "
-            f"{found.rows_left} left ({files}){again}"
-        )
+        print(f"{where}: {what} deleted, {found.rows_left} left ({files}){again}")
 
 
 def _print_holders(holders: "Holders", table: str) -> None:
     """What keeps the rows, and the commands that remove them for good."""
+    if holders.uncommitted:
+        count = counted(holders.uncommitted, "file holds", "files hold")
+        print(
+            f"{count} such rows and no version: a capture's, or left behind; vacuum removes what "
+            "is older than --grace (1d), so run it then once more"
+        )
     if not holders.versions:
         print("no older version holds the rows any more")
         return
-    ranges = [f"{a}" if a == b else f"{a} to {b}" for a, b in holders.versions]
-    print(f"version {', '.join(ranges)} still holds such rows; to remove them for good:")
+    which = counted_versions(holders.versions, "still holds", "still hold")
+    print(f"{which} such rows; to remove them for good:")
     place = shlex.quote(table)
     for tag in holders.tags:
         note = f"version {tag.version}, of {tag.made_at}"
@@ -274,16 +293,24 @@ def _print_holders(holders: "Holders", table: str) -> None:
     print(f"  softlabels vacuum {place} --retention 0d --yes")
 
 
+def counted_versions(ranges: Sequence[tuple[int, int]], verb: str, plural: str) -> str:
+    """ "version 2 is", "versions 1 to 3, 5 are": the subject of a sentence and its verb."""
+    one = len(ranges) == 1 and ranges[0][0] == ranges[0][1]
+    numbers = ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in ranges)
+    return f"version {numbers} {verb}" if one else f"versions {numbers} {plural}"
+
+
 def _print_compaction(found: "Compaction", dry_run: bool) -> None:
     if found.open_files:
-        print(f"{found.open_files} small files are of captures that are not finished: left alone")
+        files = counted(found.open_files, "small file")
+        print(f"{files} of captures that are not finished: left alone")
     where = f"{found.table}@{found.version}"
     if not found.made:
-        print(f"{where}: nothing to compact, {found.files} files")
+        print(f"{where}: nothing to compact, {counted(found.files, 'file')}")
         return
     if found.found:
-        print(f"{found.found} files were written by an earlier attempt")
-    counts = f"{found.taken} files of {found.taken_bytes} bytes"
+        print(f"{counted(found.found, 'file')} written by an earlier attempt")
+    counts = f"{counted(found.taken, 'file')} of {counted(found.taken_bytes, 'byte')}"
     if dry_run:
         print(f"{found.table}: {counts} would become about {found.made}; nothing was done")
         return
@@ -298,21 +325,30 @@ def _print_compaction(found: "Compaction", dry_run: bool) -> None:
             }
         ]
     )
-    print(f"{where}: {found.rows} rows as before, {counts} became {found.made}")
+    print(f"{where}: {counted(found.rows, 'row')} as before, {counts} became {found.made}")
 
 
 def _print_published(found: "Published", dry_run: bool) -> None:
+    if found.deleted_rows:
+        rows = counted(found.deleted_rows, "row")
+        print(
+            f"warning: {found.source}@{found.source_version} holds {rows} that you deleted since",
+            file=sys.stderr,
+        )
     what = f"{found.source}@{found.source_version}"
-    copied = f"{found.copied} of {found.files} files, {found.copied_bytes} bytes"
+    copied = f"{found.copied} of {counted(found.files, 'file')}, {found.copied_bytes} bytes"
     if dry_run:
         if found.version is not None:
             print(f"{found.target}@{found.version}: holds it already")
-        print(f"{found.target}: {copied} would be copied of {what}; nothing was done")
+        named = "" if found.tag is None else f", tagged {found.tag!r}"
+        print(f"{found.target}: {copied} would be copied of {what}{named}; nothing was done")
         return
     if found.tag is not None:
         print(f"{found.tag}: tag of version {found.version} there")
     if not found.new:
-        missing = f", {copied} were missing and are there again" if found.copied else ""
+        missing = f", {copied}: missing before, there again" if found.copied else ""
         print(f"{found.target}@{found.version}: holds {what} already{missing}")
         return
-    print(f"{found.target}@{found.version}: {found.rows} rows of {what}, {copied} copied")
+    print(
+        f"{found.target}@{found.version}: {counted(found.rows, 'row')} of {what}, {copied} copied"
+    )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from softlabels.cli.output import print_json, progress
+from softlabels.errors import counted
 
 if TYPE_CHECKING:
     from softlabels.query.materialise import EnsembleSpec, Materialised
@@ -45,13 +46,15 @@ def ensemble(
         return
     for reason, count in report.dropped.items():
         if count:
-            print(f"{count} rows of the first teacher left out: {reason}")
+            print(f"{counted(count, 'row')} of the first teacher left out: {reason}")
     if dry_run and report.version is None:
-        print(f"{report.table} would be made: exact, k {report.k}, {report.units} units")
+        units = counted(report.units, "unit")
+        print(f"{report.table} would be made: exact, k {report.k}, {units}")
         return
     if not report.committed:
-        print(f"nothing left to do: all {report.units} units were there")
-    print(f"{report.table}@{report.version}: {report.rows} rows made, {report.already} before")
+        print(f"nothing left to do: {counted(report.units, 'unit was', 'units were')} there")
+    rows = counted(report.rows, "row")
+    print(f"{report.table}@{report.version}: {rows} made, {report.already} before")
 
 
 def _with_progress(spec: "EnsembleSpec", output: str, dry_run: bool) -> "Materialised":

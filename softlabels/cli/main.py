@@ -1,6 +1,5 @@
 """The app: which commands there are, and how errors end."""
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any
 import typer
 
 import softlabels
+from softlabels.cli.streams import patient
 from softlabels.errors import SoftLabelsError, printable
 
 SETTINGS: dict[str, Any] = {
@@ -24,6 +24,8 @@ app = typer.Typer(name="softlabels", help=__doc__, no_args_is_help=True, **SETTI
 
 def main(command: Callable[[], object] = app) -> None:
     """Runs a command line and exits with its code; a user's mistake is one line on stderr."""
+    patient("stdout")
+    patient("stderr")
     try:
         command()
     except SoftLabelsError as error:
@@ -32,10 +34,6 @@ def main(command: Callable[[], object] = app) -> None:
     except ModuleNotFoundError as error:
         _complain(_missing(error))
         sys.exit(1)
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`): that is not a failure of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def run(command: Callable[[], object] = app) -> None:
@@ -49,18 +47,17 @@ def run(command: Callable[[], object] = app) -> None:
         main(command)
     except SystemExit as stop:
         code = stop.code
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(BrokenPipeError):  # nobody listens: the code says how it ended
-            stream.flush()
+    try:
+        sys.stdout.flush()
+    except SoftLabelsError as error:
+        _complain(str(error))
+        code = code or error.exit_code
+    sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def _complain(text: str) -> None:
-    try:
-        print(f"error: {text}", file=sys.stderr, flush=True)
-    except OSError:
-        # Nobody reads it; the exit code still says it, unless the flush at exit fails.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    print(f"error: {text}", file=sys.stderr, flush=True)
 
 
 def _missing(error: ModuleNotFoundError) -> str:

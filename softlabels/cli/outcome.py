@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -156,6 +155,8 @@ class Outcome:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        from softlabels.errors import SoftLabelsError
+
         code = _exit_code(error)
         if self.metrics is not None:
             self.metrics.end(self.report, code)
@@ -165,10 +166,8 @@ class Outcome:
             said["error"] = str(error) or type(error).__name__
         try:
             print("\n".join([*self.lines, json.dumps(said)]), flush=True)
-        except OSError:
-            # Nobody listens. How the work ended is what counts, and what is still buffered must
-            # not fail at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except SoftLabelsError as failed:
+            print(f"warning: {failed}", file=sys.stderr)  # how the work ended is what counts
 
 
 def _exit_code(error: BaseException | None) -> int:

@@ -1,11 +1,9 @@
 """What every command prints with: JSON or a table on stdout, progress on stderr."""
 
-import contextlib
-import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from softlabels.errors import printable
 
@@ -67,34 +65,8 @@ def progress(*columns: Any, in_bytes: bool = False) -> "Progress":
         DownloadColumn() if in_bytes else MofNCompleteColumn(),
         *columns,
         TimeLeft(),
-        console=Console(file=cast(TextIO, _Lossy(sys.stderr))),
+        console=Console(stderr=True),
     )
-
-
-class _Lossy(io.TextIOBase):
-    """A stream whose reader may go away: progress that nobody sees must not end the work."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
 
 
 def _cell(value: Any) -> str:

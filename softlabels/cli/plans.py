@@ -1,10 +1,12 @@
 """plan show, plan diff: what a plan holds, and what changed from one to another."""
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from softlabels.cli.output import print_json, print_table
+from softlabels.errors import BadInputError, counted
 
 if TYPE_CHECKING:
     from softlabels.plan import Plan
@@ -26,9 +28,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a plan holds: tables, teachers, sources, shares, what was left out and why."""
-    from softlabels.plan import Plan
-
-    found = Plan.read(plan)
+    found = _read(plan)
     description = describe(found)
     if as_json:
         print_json(description)
@@ -37,7 +37,8 @@ def show(
     print_table(shown, title="tables")
     print_table(_flat_sources(found), title="\nsources")
     _print_rules(found)
-    print(f"{plan}: {found.num_rows} rows an epoch, fingerprint {found.fingerprint}")
+    rows = counted(found.num_rows, "row")
+    print(f"{plan}: {rows} an epoch, fingerprint {found.fingerprint}")
 
 
 def diff(
@@ -49,10 +50,9 @@ def diff(
 
     Ends with 0 whether they are the same or not.
     """
-    from softlabels.plan import Plan
     from softlabels.query.differences import plan_diff
 
-    found = plan_diff(Plan.read(a), Plan.read(b))
+    found = plan_diff(_read(a), _read(b))
     if as_json:
         print_json(found)
         return
@@ -133,6 +133,15 @@ def print_funnel(plan: "Plan") -> None:
 
 def _plan() -> None:
     pass
+
+
+def _read(path: str) -> "Plan":
+    """The plan at a path; a folder, such as a table, is a mistake of its own."""
+    from softlabels.plan import Plan
+
+    if os.path.isdir(path):
+        raise BadInputError(f"{path!r} is a folder: expected a plan, PLAN.parquet")
+    return Plan.read(path)
 
 
 def _as_text(change: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import typer
 
 from softlabels.cli.output import print_json
 from softlabels.cli.plans import describe, print_funnel, print_sources
+from softlabels.errors import counted
 
 if TYPE_CHECKING:
     from softlabels.plan import Plan
@@ -45,7 +46,8 @@ def mix(
 ) -> None:
     """Freeze a recipe into a plan: exactly which rows a student reads, how often, in which order.
 
-    The table versions it reads are tagged plan-<fingerprint>, so that they are kept.
+    The table versions it reads are tagged plan-<fingerprint>, so that they are kept. Bytes are not
+    checked here, as by `query`; a student checks all that it reads.
     """
     from softlabels.errors import BadInputError
     from softlabels.plan import ENSEMBLE
@@ -76,7 +78,7 @@ def mix(
     for tag in tags:
         print(f"pinned {tag}")
     made = "would be made" if output is None else str(output)
-    print(f"{made}: {plan.num_rows} rows an epoch, fingerprint {plan.fingerprint}")
+    print(f"{made}: {counted(plan.num_rows, 'row')} an epoch, fingerprint {plan.fingerprint}")
 
 
 def _require_same(plan: "Plan", output: Path) -> None:

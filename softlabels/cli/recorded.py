@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softlabels.cli.output import print_json, progress
+from softlabels.errors import counted
 
 if TYPE_CHECKING:
     from softlabels.teacher.recorded.spec import ImportSpec
@@ -48,13 +49,15 @@ def import_(
     for reason, count in report["skipped"].items():
         print(f"{count} left out: {reason}")
     if report["repeated"]:
-        print(f"{report['repeated']} records repeat a sequence and were kept once")
+        repeated = counted(report["repeated"], "record repeats", "records repeat")
+        print(f"{repeated} a sequence: kept once")
     print(_tail(report))
     if not report["committed"]:
-        print(f"nothing left to import: all {report['units']} units were there")
+        units = counted(report["units"], "unit was", "units were")
+        print(f"nothing left to import: {units} there")
     print(
-        f"{report['table']}@{report['version']}: {report['rows']} sequences imported, "
-        f"{report['already']} before, {report['positions']} positions in all"
+        f"{report['table']}@{report['version']}: {counted(report['rows'], 'sequence')} imported, "
+        f"{report['already']} before, {counted(report['positions'], 'position')} in all"
     )
 
 
@@ -64,7 +67,9 @@ def _tail(report: dict[str, Any]) -> str:
         tail = "tails unknown"
     else:
         tail = f"tails derived, their mass off by at most {recorded['tail_error']:g}"
-    return f"k {report['k']} of {recorded['entries']} entries a position, {tail}"
+    return (
+        f"k {report['k']} of {counted(recorded['entries'], 'entry', 'entries')} a position, {tail}"
+    )
 
 
 def _with_progress(spec: "ImportSpec") -> dict[str, Any]:

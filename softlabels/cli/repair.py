@@ -11,6 +11,7 @@ import typer
 from softlabels.cli.output import print_json, print_table, progress
 from softlabels.cli.query import ForceOption, JsonOption, check_free
 from softlabels.cli.sql import Format, format_of, write_result
+from softlabels.errors import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,7 +72,9 @@ def calibrate(
 
         report = run(table, where, temperature, to, again, dry_run, written)
     if as_json:
-        print_json(dataclasses.asdict(report) | {"calibration": _dumped(report)})
+        print_json(
+            dataclasses.asdict(report) | {"calibration": _dumped(report), "dry_run": dry_run}
+        )
         return
     _print_calibrated(report, dry_run)
 
@@ -126,7 +129,8 @@ def suspects(
         return
     print_table([_short(row) for row in found.slice(0, limit).to_pylist()])
     _print_noise(noise, found)
-    print(f"{opened.root.uri}@{opened.version}: {found.num_rows} of {opened.num_rows} rows suspect")
+    rows = counted(opened.num_rows, "row")
+    print(f"{opened.root.uri}@{opened.version}: {found.num_rows} of {rows} suspect")
     _print_written(output, found.num_rows)
 
 
@@ -168,14 +172,16 @@ def diff(
     print_table([_short(row) for row in names_of(found, found.rows(limit, only))])
     said = found.summary
     sign = "" if said["exact"] else ">= "
+    both = counted(said["both"], "row")
     print(
-        f"{said['both']} rows in both, {said['added']} added, {said['removed']} removed, "
+        f"{both} in both, {said['added']} added, {said['removed']} removed, "
         f"{said['other_positions']} with other positions"
     )
     if said["both"] == said["other_positions"]:
         print("no row can be compared: they have no example in common, or other positions of it")
         return
-    infinite = f" ({said['infinite']} rows infinite, left out)" if said["infinite"] else ""
+    infinite = counted(said["infinite"], "row")
+    infinite = f" ({infinite} infinite, left out)" if said["infinite"] else ""
     print(
         f"KL(a|b) {sign}{said['kl_ab']:.4g}, KL(b|a) {sign}{said['kl_ba']:.4g} nats a "
         f"position{infinite}"
@@ -228,19 +234,20 @@ def _print_noise(noise: "Noise | None", found: "pa.Table") -> None:
         print("too few labelled positions to estimate how many labels are wrong")
         return
     print(
-        f"estimated wrong labels: {noise.wrong:.2%} +- {noise.wrong_se:.2%} of {noise.positions} "
-        f"positions (fitted with temperature {noise.temperature:.3g})"
+        f"estimated wrong labels: {noise.wrong:.2%} +- {noise.wrong_se:.2%} of "
+        f"{counted(noise.positions, 'position')} (fitted with temperature {noise.temperature:.3g})"
     )
     if "error_prob" in found.column_names and found.num_rows:
         expected = sum(found["error_prob"].drop_null().to_pylist())
-        print(f"of the {found.num_rows} suspects, {expected:.0f} are expected to be wrong")
+        suspects = counted(found.num_rows, "suspect")
+        print(f"of the {suspects}, {expected:.0f} expected to be wrong")
     if noise.wrong < noise.wrong_se:
         print("no wrong labels show in the estimate: the list is a ranking, not a finding")
 
 
 def _print_written(output: Path | None, rows: int) -> None:
     if output is not None:
-        print(f"{output}: {rows} rows")
+        print(f"{output}: {counted(rows, 'row')}")
 
 
 def _dumped(report: "Calibrated") -> dict[str, object] | None:
@@ -261,14 +268,15 @@ def _print_calibrated(report: "Calibrated", dry_run: bool) -> None:
     if report.temperature_se is not None:
         print(f"fitted: {report.temperature:.4g} +- {report.temperature_se:.2g}")
     if found is not None and found.nll_before is not None:
+        held_out = counted(found.held_out, "labelled position")
         print(
-            f"{found.held_out} labelled positions held out: NLL {found.nll_before:.4f} -> "
+            f"{held_out} held out: NLL {found.nll_before:.4f} -> "
             f"{found.nll_after:.4f}, calibration error {found.ece_before:.4f} -> "
             f"{found.ece_after:.4f}"
         )
     if report.unlabelled or report.unknown:
         print(
-            f"left out of the fit: {report.unlabelled} positions without a label, "
+            f"left out of the fit: {counted(report.unlabelled, 'position')} without a label, "
             f"{report.unknown} whose label has no known probability"
         )
     for line in report.left_out:
@@ -281,4 +289,4 @@ def _print_calibrated(report: "Calibrated", dry_run: bool) -> None:
     elif dry_run:
         print(f"{report.table} would be made at temperature {report.temperature:g}")
     else:
-        print(f"{where}: {report.rows} rows at temperature {report.temperature:g}")
+        print(f"{where}: {counted(report.rows, 'row')} at temperature {report.temperature:g}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from softlabels.cli.output import print_json
-from softlabels.errors import printable
+from softlabels.errors import counted, printable
 
 if TYPE_CHECKING:
     from softlabels.report.finding import Finding
@@ -113,7 +113,7 @@ def _say(
     for line in lines:  # names of classes and files are a stranger's
         print(printable(line))
     counts = {s: sum(f.severity == s for f in findings) for s in ("error", "warning", "note")}
-    print(f"{page}: " + ", ".join(f"{n} {s}{'' if n == 1 else 's'}" for s, n in counts.items()))
+    print(f"{page}: " + ", ".join(counted(n, s) for s, n in counts.items()))
 
 
 def _roots(given: list[str]) -> dict[str, str]:

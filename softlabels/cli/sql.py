@@ -9,6 +9,7 @@ import typer
 
 from softlabels.cli.output import print_table
 from softlabels.cli.query import ForceOption, JsonOption, check_free
+from softlabels.errors import counted
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -81,6 +82,8 @@ def query(
 ) -> None:
     """Run one SELECT over table versions and your own files.
 
+    Bytes are not checked: damage on disk is answered as it stands there; `verify` finds it.
+
     Example: softlabels query labels@v1 "SELECT label, avg(entropy) FROM labels GROUP BY label"
     """
     from softlabels.errors import BadInputError
@@ -116,7 +119,7 @@ def _put(result: "pa.Table", kind: Format, output: Path | None, limit: int) -> N
     """Writes a result to a file or to stdout."""
     if output is not None:
         write_result(result, kind, output)
-        print(f"{output}: {result.num_rows} rows")
+        print(f"{output}: {counted(result.num_rows, 'row')}")
     elif kind == "table":
         print_table(_rows(result.slice(0, limit)))
         if result.num_rows > limit:

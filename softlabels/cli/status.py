@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softlabels.cli.output import print_json, print_table
+from softlabels.errors import counted
 
 if TYPE_CHECKING:
     from softlabels.store.status import RunStatus
@@ -59,11 +60,17 @@ def status(
     for run in runs:
         if run.staged_files:
             print(
-                f"run {run.run_id[:12]}: {run.staged_files} files, {run.staged_bytes} bytes are "
-                "stored and not committed"
+                f"run {run.run_id[:12]}: {counted(run.staged_files, 'file')}, "
+                f"{counted(run.staged_bytes, 'byte')} stored and not committed"
             )
+    lost = sum(run.rows for run in runs) - table.num_rows
+    if lost > 0:
+        print(f"{counted(lost, 'row')} that runs put in went since: see softlabels log")
     unfinished = sum(run.finished is False for run in runs)
-    print(f"{table.root.uri}@{table.version}: {len(runs)} runs, {unfinished} unfinished")
+    print(
+        f"{table.root.uri}@{table.version}: {counted(table.num_rows, 'row')}, "
+        f"{counted(len(runs), 'run')}, {unfinished} unfinished"
+    )
 
 
 def _table_of(path: str) -> tuple[str, Mapping[str, Any]]:

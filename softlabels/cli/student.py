@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softlabels.cli.output import print_json, print_table, progress
-from softlabels.errors import BadInputError, MismatchError
+from softlabels.errors import BadInputError, MismatchError, counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,8 +59,10 @@ def train(
     if record["evaluation"] is not None:
         print_table(_figures({"student": record["evaluation"]}))
     if trained.already:
-        print(f"nothing left to train: all {record['steps']} steps were done")
-    print(f"{trained.student}: {record['parameters']} parameters, {record['steps']} steps")
+        done = counted(record["steps"], "step was", "steps were")
+        print(f"nothing left to train: {done} done")
+    parameters, steps = record["parameters"], counted(record["steps"], "step")
+    print(f"{trained.student}: {counted(parameters, 'parameter')}, {steps}")
 
 
 def evaluate(

@@ -8,15 +8,28 @@ from typing import Annotated, Any
 import typer
 
 from softlabels.cli.output import print_json, print_table, progress
+from softlabels.errors import BadInputError, counted
 
 TableArgument = Annotated[str, typer.Argument(metavar="TABLE[@TAG|@VERSION]", help="A table.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+YesOption = Annotated[
+    bool, typer.Option("--yes", help="Delete; without it, as with --dry-run, nothing is.")
+]
+"""Of the commands that lose something for good; all others act at once unless --dry-run."""
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the app."""
     app.command(rich_help_panel="Table")(show)
     app.command(rich_help_panel="Table")(stats)
+
+
+def requires_yes(yes: bool, dry_run: bool) -> bool:
+    """Whether nothing is to be done, of a command that acts only with --yes."""
+    if yes and dry_run:
+        raise BadInputError("--yes or --dry-run? Give one of them")
+    return not yes
 
 
 def show(table: TableArgument, as_json: JsonOption = False) -> None:
@@ -52,7 +65,6 @@ def stats(
     by their formulas. Capture with profile precise at the largest k for the best reference.
     """
     from softlabels.cli.output import markdown_table
-    from softlabels.errors import BadInputError
     from softlabels.storage import open_root
     from softlabels.store.stats import measure, num_settings
     from softlabels.store.table import Table
@@ -80,7 +92,8 @@ def stats(
         data = json.dumps(found, indent=2) + "\n" if output.suffix == ".json" else text
         open_root(output.parent).write(output.name, data.encode())
         if not as_json:
-            print(f"{output}: {len(found['settings'])} settings, {found['positions']} positions")
+            settings = counted(len(found["settings"]), "setting")
+            print(f"{output}: {settings}, {counted(found['positions'], 'position')}")
 
 
 def _settings(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -103,7 +116,7 @@ def _settings(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _notes(found: Mapping[str, Any]) -> list[str]:
-    counts = f"{found['positions']} positions of {found['rows']} rows"
+    counts = f"{counted(found['positions'], 'position')} of {counted(found['rows'], 'row')}"
     notes = [
         f"{found['table']}@{found['version']}: {counts}, V = {found['num_classes']}; bytes a "
         "position, KL in nats; rest: tokens, labels, entropies, names, footer.",

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from softlabels.cli.output import print_json, print_table, progress
-from softlabels.cli.table import JsonOption, TableArgument
+from softlabels.cli.table import DryRunOption, JsonOption, TableArgument, YesOption, requires_yes
+from softlabels.errors import counted
 
 if TYPE_CHECKING:
     from softlabels.storage import Root
-    from softlabels.store.rollback import Rollback
+    from softlabels.store.rollback import Deletions, Rollback
     from softlabels.store.tags import Tag
     from softlabels.store.unneeded import Vacuum
 
@@ -137,15 +138,20 @@ def _delete(root: "Root", names: list[str], as_json: bool) -> None:
 
 def rollback(
     table: TableArgument,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    keep_deletions: Annotated[
+        bool, typer.Option("--keep-deletions", help="Leave out rows that were deleted since.")
     ] = False,
+    bring_back_deleted: Annotated[
+        bool, typer.Option("--bring-back-deleted", help="Have rows again that were deleted since.")
+    ] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a new version that holds what an older one held. Nothing is erased.
 
     Columns and what the table says of its labels come back too, as before a calibration. Captured
-    units that go stay committed: the same capture holds them for done.
+    units that go stay committed: the same capture holds them for done. Where rows that `delete`
+    took out would come back, it is refused until one of two options says what becomes of them.
 
     Example: softlabels rollback labels@12
     """
@@ -158,16 +164,29 @@ def rollback(
             f"{table!r}: expected TABLE@VERSION or TABLE@TAG, the one to go back to"
         )
     target = Table.open(table)
-    found = rolling.plan_rollback(target) if dry_run else rolling.rollback(target, table)
+    deletions = _deletions(keep_deletions, bring_back_deleted)
+    if dry_run:
+        found = rolling.plan_rollback(target, deletions)
+    else:
+        found = rolling.rollback(target, table, deletions)
     if as_json:
         print_json(_rollback_values(found) | {"dry_run": dry_run})
         return
-    _print_rollback(found, dry_run)
+    _print_rollback(found, dry_run, keep_deletions)
+
+
+def _deletions(keep: bool, bring_back: bool) -> "Deletions":
+    from softlabels.errors import BadInputError
+
+    if keep and bring_back:
+        raise BadInputError("--keep-deletions or --bring-back-deleted? Give one of them")
+    return "keep" if keep else "bring back" if bring_back else "refuse"
 
 
 def vacuum(
     table: TableArgument,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it nothing is.")] = False,
+    yes: YesOption = False,
+    dry_run: DryRunOption = False,
     retention: Annotated[
         str,
         typer.Option(metavar="TIME", help="Keep versions that were the newest since: 7d, 12h, 0d."),
@@ -178,13 +197,19 @@ def vacuum(
     grace: Annotated[
         str, typer.Option(metavar="TIME", help="Keep uncommitted files that are younger.")
     ] = "1d",
+    abandoned: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Take unfinished captures for dead that are so silent."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the files that no kept version holds, and with --yes delete them for good.
 
     Kept are the newest version, all versions that tags name (plans' pins are tags), those within
-    the retention, and what unfinished captures have stored. Versions that lose files can never be
-    opened again; the log still lists them.
+    the retention, and what unfinished captures have stored, unless --abandoned 60d takes those for
+    dead that gave no sign of life (start, file, claim) for so long: what they committed stays, and
+    one that is resumed after all only labels some units again. Versions that lose files can never
+    be opened again; the log still lists them.
 
     Example: softlabels vacuum labels --retention 7d --yes
     """
@@ -195,9 +220,12 @@ def vacuum(
 
     if parse_reference(table)[1] is not None:
         raise BadInputError(f"{table!r}: a table is vacuumed, not one version of it: leave out @…")
-    keep = Keep(_seconds("--retention", retention), keep_versions, _seconds("--grace", grace))
+    silence = None if abandoned is None else _seconds("--abandoned", abandoned)
+    times = _seconds("--retention", retention), _seconds("--grace", grace)
+    keep = Keep(times[0], keep_versions, times[1], silence)
     opened = Table.open(table)
-    if not yes:
+    dry_run = requires_yes(yes, dry_run)
+    if dry_run:
         found = plan_vacuum(opened, keep)
     else:
         with contextlib.ExitStack() as stack:
@@ -211,7 +239,7 @@ def vacuum(
 
             found = run(opened, keep, planned, lambda: bar.advance(task))
     if as_json:
-        print_json(_vacuum_values(found) | {"deleted": yes})
+        print_json(_vacuum_values(found) | {"deleted": not dry_run, "dry_run": dry_run})
         return
     _print_vacuum(found, yes)
 
@@ -232,7 +260,7 @@ def _log_line(line: Mapping[str, Any]) -> dict[str, Any]:
     by, what, teacher, seconds = "", "", "", ""
     if run is not None:
         by, seconds = run.run_id[:12], f"{run.seconds:.1f}"
-        what = f"{len(run.units)} units"
+        what = counted(len(run.units), "unit")
         spec = run.spec.get("teacher")
         teacher = str(spec.get("name", "")) if isinstance(spec, Mapping) else ""
     elif change is not None:
@@ -265,31 +293,42 @@ def _rollback_values(found: "Rollback") -> dict[str, Any]:
     }
 
 
-def _print_rollback(found: "Rollback", dry_run: bool) -> None:
+def _print_rollback(found: "Rollback", dry_run: bool, kept_out: bool) -> None:
     where = f"{found.table}@{found.version}"
+    deleted = counted(found.deleted_rows, "deleted row")
+    without = f" without {deleted}" if kept_out and found.deleted_rows else ""
     if found.same:
-        print(f"{where}: holds what version {found.to} holds already, nothing was done")
+        print(f"{where}: holds what version {found.to} holds{without} already, nothing was done")
         return
+    if found.deleted_rows and not kept_out:
+        print(f"{deleted} come{'s' if found.deleted_rows == 1 else ''} back")
+    rewritten = f", {found.rewritten} after being written again" if found.rewritten else ""
+    added = counted(len(found.added) + found.rewritten, "file comes", "files come")
     print(
-        f"{len(found.added)} files come back, {len(found.removed)} go; "
-        f"{found.rows_before} rows -> {found.rows_after}"
+        f"{added} back{rewritten}, {len(found.removed)} go; "
+        f"{counted(found.rows_before, 'row')} -> {found.rows_after}"
     )
     if found.schema_changes:
         print(f"columns and what is the same in every row come back as at version {found.to}")
     if found.units:
         runs = ", ".join(run[:12] for run in found.runs)
         print(
-            f"{found.units} units of run {runs} go and stay committed: the same capture will not "
-            "label them again"
+            f"{counted(found.units, 'unit')} of run {runs} "
+            f"{'goes and stays' if found.units == 1 else 'go and stay'} committed: the same "
+            "capture will not label them again"
         )
         print(
             f"for their rows go back to version {found.from_version}; for new labels give the "
             "capture another shard_rows, which makes it a new run"
         )
     if dry_run:
-        print(f"{found.table}: a new version would hold what version {found.to} holds")
+        print(
+            f"{found.table}: a new version would hold what version {found.to} holds{without}; "
+            "nothing was done"
+        )
     else:
-        print(f"{where}: {found.rows_after} rows, as at version {found.to}")
+        rows = counted(found.rows_after, "row")
+        print(f"{where}: {rows}, as at version {found.to}{without}")
 
 
 def _vacuum_values(found: "Vacuum") -> dict[str, Any]:
@@ -306,13 +345,13 @@ def _print_vacuum(found: "Vacuum", deleted: bool) -> None:
     if found.doomed:
         print_table([{"bytes": d.size, "file": d.path, "why": d.why} for d in found.doomed])
     for one in found.kept:
-        print(f"kept: {one.files} files, {one.bytes} bytes for {one.by}")
+        print(f"kept: {counted(one.files, 'file')}, {counted(one.bytes, 'byte')} for {one.by}")
     for note in found.notes:
         print(note)
     if found.closes:
         which = ", ".join(span_name(*span) for span in found.closes)
         print(f"{which} {'can' if deleted else 'could'} not be opened any more")
-    count = f"{len(found.doomed)} files, {found.bytes} bytes"
+    count = f"{counted(len(found.doomed), 'file')}, {counted(found.bytes, 'byte')}"
     if not found.doomed:
         print(f"{found.table}: nothing to remove")
     elif deleted:

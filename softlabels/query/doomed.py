@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,12 @@ from softlabels.fingerprint import sha256_bytes, sha256_lines
 from softlabels.lineage import ChangeLineage
 from softlabels.query.reading import read_rows
 from softlabels.query.recipe import Source
-from softlabels.query.selection import files_of, select
+from softlabels.query.selection import candidates, files_of, select
+from softlabels.store.ahead import work_ahead
+from softlabels.store.rewriting import read_checked
 from softlabels.store.table import Table, TableFile
+
+READ_AHEAD_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,18 @@ def find_doomed(
 
     Raises:
         BadInputError: the SQL cannot be meant.
+        IntegrityError: a file that may hold such a row is not the one that was committed: what it
+            answers may be wrong, and a row that must go would stay.
     """
     files = list(table.files)
     ids = request.ids
     if request.where is not None:
+        _require_meant(table, request.where)
+        judged = candidates(table, request.where)
+        planned(sum(file.size for file in judged))
+        reading = partial(read_checked, table.root)
+        for file, _ in work_ahead(judged, reading, lambda file: file.size, READ_AHEAD_BYTES):
+            done(file.size)
         source = {"table": table.root.uri, "where": request.where}
         rows = select(table, Source.model_validate(source), 0, with_keys=False).rows
         ids = frozenset(
@@ -128,6 +140,16 @@ def find_doomed(
     return Doomed(frozenset(here), counts, [file for file in files if file.path in counts])
 
 
+def _require_meant(table: Table, where: str) -> None:
+    """Raises BadInputError where the SQL does not fit the table, before any file is read."""
+    nothing = f"({where}\n) AND false"
+    try:
+        source = {"table": table.root.uri, "where": nothing}
+        select(table, Source.model_validate(source), 0, with_keys=False)
+    except BadInputError as error:
+        raise BadInputError(str(error).replace(repr(nothing), repr(where))) from error
+
+
 def rows_of(ids: Collection[str], batch: pa.RecordBatch) -> npt.NDArray[np.bool_]:
     """Which rows are of these examples, bool [B]."""
     names = batch["example_id"].to_pylist()
@@ -135,12 +157,12 @@ def rows_of(ids: Collection[str], batch: pa.RecordBatch) -> npt.NDArray[np.bool_
 
 
 def read_ids(lines: Iterable[str]) -> frozenset[str]:
-    """Ids that stand one a line; empty lines do not count.
+    """Ids that stand one a line; empty lines do not count, nor does the mark of UTF-8 before all.
 
     Raises:
         BadInputError: there is none.
     """
-    ids = frozenset(line.rstrip("\r\n") for line in lines) - {""}
+    ids = frozenset(line.rstrip("\r\n").removeprefix("\ufeff") for line in lines) - {""}
     if not ids:
         raise BadInputError("the file of ids is empty: expected one example_id a line")
     return ids

@@ -148,8 +148,9 @@ def mix(recipe: Recipe) -> Plan:
 def pin(plan: Plan) -> list[str]:
     """Tags each table version of a plan, so that it is kept; the tags as "uri@name".
 
-    A tag is called plan-<first 16 digits of the fingerprint>; where a plan reads two versions of
-    one table, the version follows.
+    A tag is called plan-<first 16 digits of the fingerprint>; the version follows where a plan
+    reads two versions of one table, or where the same plan of another version has that name. Such
+    versions hold the same rows, but maybe in other files.
     """
     # By version: one that is read by several position rules is several of the plan's tables.
     versions = {(table.uri, table.version): table for table in plan.tables.values()}
@@ -159,7 +160,11 @@ def pin(plan: Plan) -> list[str]:
         name = f"plan-{plan.fingerprint[:16]}"
         if uris.count(table.uri) > 1:
             name += f"-{table.version}"
-        tags.make_tag(open_root(table.uri), name, table.version, table.snapshot_digest)
+        root = open_root(table.uri)
+        standing = tags.make_tag(root, name, table.version, table.snapshot_digest)
+        if standing.version != table.version:
+            name = f"plan-{plan.fingerprint[:16]}-{table.version}"
+            tags.make_tag(root, name, table.version, table.snapshot_digest)
         made.append(f"{table.uri}@{name}")
     return made
 

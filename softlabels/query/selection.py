@@ -39,6 +39,7 @@ __all__ = [
     "Numbers",
     "RowGroups",
     "Selection",
+    "candidates",
     "files_of",
     "lowest",
     "row_groups",
@@ -228,6 +229,18 @@ def row_groups(table: Table, files: Sequence[TableFile]) -> RowGroups:
     return RowGroups(owners, indexes, np.array(firsts, np.int64), np.array(sizes, np.int64))
 
 
+def candidates(table: Table, where: str | None) -> list[TableFile]:
+    """The files that may hold a row for which `where` is true, by the log's bounds.
+
+    Raises:
+        BadInputError: it is not one expression.
+    """
+    if where is None:
+        return list(table.files)
+    tree = text.check_expression(where)
+    return [file for file in table.files if may_match(tree, file.bounds)]
+
+
 def files_of(table: Table, rows: Numbers) -> list[TableFile]:
     """The files that hold at least one of `rows`."""
     ends = _file_starts(table.files) + np.array([f.num_rows for f in table.files], np.int64)
@@ -260,12 +273,10 @@ def _read(
     table: Table, where: str | None, wanted: Mapping[str, str]
 ) -> tuple[Numbers, dict[str, pa.ChunkedArray]]:
     """Numbers of the rows that pass `where`, rising, and what is wanted of each."""
-    files = list(table.files)
+    files = candidates(table, where)
     columns: set[str] = set()
     if where is not None:
-        tree = text.check_expression(where)
-        files = [file for file in files if may_match(tree, file.bounds)]
-        columns |= text.column_names(tree)
+        columns |= text.column_names(text.check_expression(where))
     for expression in wanted.values():
         columns |= text.column_names(text.check_expression(expression))
     condition = "" if where is None else f"WHERE ({where}\n)"

@@ -33,7 +33,14 @@ SESSION_WORDS = frozenset({*_ELSEWHERE, "current_database", "current_schema", "c
 _UNREADABLE = "the query cannot be read: "
 _SCHEMAS = frozenset({"main", "temp", "system", "pg_catalog", "information_schema"})
 _CSV_SETTINGS = re.compile(r"\.? Possible (?:solutions|fixes): .*?file = (.*?) delimiter = .*")
-_REFUSED_FUNCTIONS = {"current_setting", "getenv", "getvariable", "sleep_ms", "write_log"}
+_REFUSED_FUNCTIONS = {
+    "current_setting",
+    "getenv",
+    "getvariable",
+    "pg_sleep",
+    "sleep_ms",
+    "write_log",
+}
 
 Tree = Mapping[str, Any]
 

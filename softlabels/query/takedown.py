@@ -148,6 +148,7 @@ class _Job:
     def run(self) -> Takedown:
         """Deletes until nothing matches any more."""
         report = self._report()
+        self._forbid_asked()
         for number in range(ROUNDS):
             found = self._find()
             if not found.num_rows:
@@ -171,6 +172,16 @@ class _Job:
             )
         self._finish(report)
         return report
+
+    def _forbid_asked(self) -> None:
+        """Puts all ids that were asked for on the list, those too that no row has yet.
+
+        A capture may have such an example in hand, or come to it another night.
+        """
+        ids = self.request.ids
+        if ids is not None and not self.request.allow_again:
+            name = sha256_json({"operation": "delete", "asked": self.request.said})
+            deleted.record_deleted(self.table.root, name, deleted.example_keys(ids))
 
     def _report(self) -> Takedown:
         version = self.table.version

@@ -30,9 +30,12 @@ def open_root(uri: str | os.PathLike[str]) -> Root:
     """The folder at `uri`: a local path, file://, s3://, gs://, az:// or any fsspec URL.
 
     Raises:
-        BadInputError: the URI carries credentials, or no installed filesystem serves its scheme.
+        BadInputError: the URI is empty, carries credentials or says a place in a way that clients
+            take differently, or no installed filesystem serves its scheme.
     """
     text = os.fspath(uri)
+    if not text:
+        raise BadInputError("expected a folder or URI, found '': '.' is the current folder")
     for link in text.split("::"):  # fsspec chains such as simplecache::s3://bucket/folder
         _refuse_credentials(link)
     scheme = text.rpartition("::")[2].partition("://")[0]
@@ -52,6 +55,12 @@ def open_root(uri: str | os.PathLike[str]) -> Root:
         # A client's own words may repeat what the environment holds.
         raise BadInputError(f"cannot open {text!r}: {said_by(error)}") from None
     path = path.rstrip("/") or "/"
+    if settings is not None and not {"", ".", ".."}.isdisjoint(path.split("/")):
+        # One client takes them for parts of a name, another for steps, the next refuses them.
+        raise BadInputError(
+            f"cannot open {text!r}: expected a bucket and names below it, found an empty name, '.' "
+            "or '..'"
+        )
     if isinstance(fs, LocalFileSystem) and ".." in path.split("/"):
         path = os.path.realpath(path)
     return Root(uri=path if isinstance(fs, LocalFileSystem) else text.rstrip("/"), fs=fs, path=path)

@@ -24,7 +24,8 @@ from softlabels.errors import BadInputError
 
 PATIENCE = "SOFTLABELS_PATIENCE"
 TIMEOUT = "SOFTLABELS_TIMEOUT"
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 40.0
+"""With one answer that never comes it is still less than a minute."""
 TIMEOUT_SECONDS = 15.0
 CONNECT_SECONDS = 5.0
 

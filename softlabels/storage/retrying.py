@@ -177,7 +177,8 @@ def raise_storage_error(action: str, path: str, error: Exception, tried: str = "
     if is_passing(error):
         raise TryAgainError(
             f"cannot {action} {path!r}: storage does not answer{tried}: {reason}; nothing is lost, "
-            f"run the command again ({PATIENCE} says for how many seconds it is tried)"
+            f"run the command again ({PATIENCE}, now {patience():g}, says for how many seconds it "
+            "is tried)"
         ) from cause
     raise StorageError(f"cannot {action} {path!r}: {reason}") from cause
 

@@ -29,6 +29,9 @@ LEASE = 60.0
 """Seconds without a beat after which a worker is taken for dead."""
 
 BEATS_A_LEASE = 10
+GIVE_UP_SECONDS = 5.0
+"""Longest wait for a claim to be given up; if storage is silent it is taken over in the end."""
+
 LOOKED_AT = 50
 """Claims of others that are read at one look; a random choice where there are more."""
 
@@ -138,16 +141,18 @@ class Claims:
     def holding(self, unit: str) -> Iterator[None]:
         """Keeps the claim of a unit alive, and gives it up at the end, however that comes."""
         over = threading.Event()
-        writing = threading.Lock()
 
         def live() -> None:
             beat = 1
             while not over.wait(self.every):
                 beat += 1
                 # A claim that cannot be written is one that others may take: that costs work only.
-                with contextlib.suppress(SoftLabelsError), writing:
-                    if not over.is_set() and self._is_mine(unit):
+                with contextlib.suppress(SoftLabelsError):
+                    if self._is_mine(unit):
                         self._root.write(claim_path(unit), self._beat(beat))
+            with contextlib.suppress(SoftLabelsError):
+                if self._is_mine(unit):
+                    self._root.delete(claim_path(unit))
 
         thread = threading.Thread(target=live, name=f"claim {unit}", daemon=True)
         thread.start()
@@ -155,10 +160,7 @@ class Claims:
             yield
         finally:
             over.set()
-            with contextlib.suppress(SoftLabelsError), writing:
-                if self._is_mine(unit):
-                    self._root.delete(claim_path(unit))
-            thread.join()
+            thread.join(GIVE_UP_SECONDS)
 
     def _look(self, held: list[str]) -> list[str]:
         """Looks at claims; those that nobody has written for too long."""

@@ -8,11 +8,12 @@ at least one sees the other, and no version is both kept and emptied.
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from softlabels.errors import BadInputError, IntegrityError, TryAgainError
 from softlabels.storage import Root
 from softlabels.store.files import FOLDER as DATA
+from softlabels.store.sealed import is_sealed, seal, unseal
 
 FOLDER = "_softlabels/vacuum"
 
@@ -30,6 +31,8 @@ class VacuumRecord(BaseModel):
         bytes: of them.
         settings: what it was told to keep.
         packages: versions of what ran it.
+        sealed: whether its file had a checksum; nothing is removed on the word of one that has
+            none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +46,7 @@ class VacuumRecord(BaseModel):
     bytes: int = 0
     settings: Mapping[str, int | float] = {}
     packages: Mapping[str, str] = {}
+    sealed: bool = Field(default=True, exclude=True)
 
     def closes(self, version: int) -> bool:
         """Whether it closed this version."""
@@ -56,7 +60,7 @@ def new_id() -> str:
 
 def write_record(root: Root, record: VacuumRecord) -> None:
     """Stores a record, in the place of what it said before."""
-    root.write(f"{FOLDER}/{record.vacuum_id}.json", record.model_dump_json().encode())
+    root.write(f"{FOLDER}/{record.vacuum_id}.json", seal(record))
 
 
 def read_record(root: Root, vacuum_id: str) -> VacuumRecord:
@@ -66,10 +70,15 @@ def read_record(root: Root, vacuum_id: str) -> VacuumRecord:
         IntegrityError: it is damaged.
     """
     path = f"{FOLDER}/{vacuum_id}.json"
+    data = root.read(path)
     try:
-        return VacuumRecord.model_validate_json(root.read(path))
-    except ValidationError as error:
-        raise IntegrityError(f"record {path!r} of {root.uri!r} is damaged") from error
+        record = unseal(VacuumRecord, data)
+    except ValueError as error:
+        raise IntegrityError(
+            f"vacuum record {path!r} of {root.uri!r} is damaged: restore it, or delete it; "
+            "versions that it closed then fail only where a file of theirs is missed"
+        ) from error
+    return record.model_copy(update={"sealed": is_sealed(data)})
 
 
 def vacuum_records(root: Root) -> list[VacuumRecord]:

@@ -125,9 +125,12 @@ def require_older(there: Table, source: Table, place: str) -> None:
 def holds(there: Table, source: Table, place: str) -> bool:
     """Whether the newest version of a copy holds what a version of the same table does.
 
+    In files of the same names: plans made of that version read them here too.
+
     Arguments and what it raises as `require_older`.
     """
-    if there.snapshot_digest != source.snapshot_digest:
+    paths = [[file.path for file in table.files] for table in (there, source)]
+    if there.snapshot_digest != source.snapshot_digest or paths[0] != paths[1]:
         return False
     return bool(_published(there, place)["table_id"] == table_id(source))
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from softlabels.errors import IntegrityError
 from softlabels.fingerprint import key64, sha256_bytes
@@ -31,6 +32,12 @@ def deleted_key(example_id: str) -> int:
 def example_keys(ids: Iterable[str]) -> Keys:
     """The sorted keys of some examples, uint64."""
     return np.unique(np.fromiter((deleted_key(name) for name in ids), np.uint64))
+
+
+def keys_of_rows(batch: pa.RecordBatch) -> Keys:
+    """The key of each row's example, uint64 [B], in the rows' order."""
+    names = batch["example_id"].to_pylist()
+    return np.fromiter((deleted_key(name) for name in names), np.uint64, len(names))
 
 
 def deleted_keys(root: Root) -> Keys:

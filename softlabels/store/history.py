@@ -1,5 +1,6 @@
 """The commits of a table, read from the log's own entries."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,7 +13,12 @@ from softlabels.store.records import CHANGE_KEY, COMMIT_KEY, LINEAGE_KEYS, recor
 
 
 def commits_of(root: Root, version: int) -> list[dict[str, Any]]:
-    """What `Table.history` gives, up to a version.
+    """What `Table.history` gives, up to a version."""
+    return commits_in(root, read_entries(root, range(version + 1)))
+
+
+def commits_in(root: Root, entries: Iterable[LogEntry | None]) -> list[dict[str, Any]]:
+    """What `Table.history` gives, of the log's entries from version 0 on.
 
     delta-rs's own history leaves out entries that say nothing of themselves and then calls the
     others by wrong versions. The oldest entries may be gone (another engine's clean-up); those
@@ -22,7 +28,7 @@ def commits_of(root: Root, version: int) -> list[dict[str, Any]]:
         IntegrityError: an entry is damaged, or is missing between others.
     """
     found: list[dict[str, Any]] = []
-    for number, entry in enumerate(read_entries(root, range(version + 1))):
+    for number, entry in enumerate(entries):
         if entry is not None:
             found.append(_commit(root, entry))
         elif found:

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from softlabels.errors import SoftLabelsError
 from softlabels.store import shards
-from softlabels.store.deleted import Keys, deleted_key
+from softlabels.store.deleted import Keys, keys_of_rows
 from softlabels.store.files import FOLDER
 from softlabels.store.lifetimes import read_lifetimes
 from softlabels.store.table import Table
@@ -25,12 +25,14 @@ class Holders:
     Attributes:
         versions: first and last of each range of versions that hold one.
         tags: of these versions.
-        files: that hold one.
+        files: of these versions that hold one.
+        uncommitted: files of no version that hold one: in a capture's hands, or left behind.
     """
 
     versions: tuple[tuple[int, int], ...] = ()
     tags: tuple[Tag, ...] = ()
     files: int = 0
+    uncommitted: int = 0
 
 
 def by_ids(ids: set[str]) -> Holds:
@@ -40,13 +42,7 @@ def by_ids(ids: set[str]) -> Holds:
 
 def by_keys(keys: Keys) -> Holds:
     """Rows of the examples with these keys, as `deleted` has them."""
-
-    def holds(batch: pa.RecordBatch) -> bool:
-        names = batch["example_id"].to_pylist()
-        found = np.fromiter((deleted_key(name) for name in names), np.uint64, len(names))
-        return bool(np.isin(found, keys).any())
-
-    return holds
+    return lambda batch: bool(np.isin(keys_of_rows(batch), keys).any())
 
 
 def find_holders(
@@ -69,22 +65,23 @@ def find_holders(
     """
     root = newest.root
     life = read_lifetimes(root, newest.version)
-    there = {f"{FOLDER}/{name}" for name in root.names(FOLDER)}
-    old = (life.spans.keys() & there) - {file.path for file in newest.files}
+    there = {f"{FOLDER}/{name}" for name in root.names(FOLDER) if name.endswith(".parquet")}
+    there -= {file.path for file in newest.files}
+    old = life.spans.keys() & there
     holding = set(known) & old
-    unsure = sorted(old - holding)
+    unsure = sorted(there - holding)
     planned(len(unsure))
     for path in unsure:
         if _file_holds(newest, path, holds):
             holding.add(path)
         done()
-    versions = life.holding(holding)
+    versions = life.holding(holding & old)
     held = [
         tag
         for tag in all_tags(root)
         if any(first <= tag.version <= last for first, last in versions)
     ]
-    return Holders(versions, tuple(held), len(holding))
+    return Holders(versions, tuple(held), len(holding & old), len(holding - old))
 
 
 def _file_holds(table: Table, path: str, holds: Holds) -> bool:

@@ -77,13 +77,19 @@ def read_lifetimes(root: Root, version: int) -> Lifetimes:
     Raises:
         IntegrityError: an entry is missing or damaged: nothing must be removed on its word.
     """
+    return lifetimes_in(root, read_entries(root, range(version + 1)))
+
+
+def lifetimes_in(root: Root, read: Sequence[LogEntry | None]) -> Lifetimes:
+    """As `read_lifetimes`, of the log's entries from version 0 on."""
+    version = len(read) - 1
     modified: dict[int, float | None] = {}
     for file in root.entries(FOLDER):
         match = _ENTRY.fullmatch(file.name)
         if match is not None and int(match[1]) <= version:
             modified[int(match[1])] = file.modified
     entries: list[LogEntry] = []
-    for number, entry in enumerate(read_entries(root, range(version + 1))):
+    for number, entry in enumerate(read):
         if entry is None or number not in modified:
             raise IntegrityError(
                 f"table {root.uri!r}: the log entry of version {number} is missing, so that nobody "

@@ -1,12 +1,15 @@
 """The history of a table, a line a version: what made it, how many rows it has, its tags."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from softlabels.errors import IntegrityError
 from softlabels.lineage import RunLineage
+from softlabels.storage import Root
 from softlabels.store import closed, tags
-from softlabels.store.lifetimes import read_lifetimes
+from softlabels.store.entries import LogEntry, read_entries
+from softlabels.store.history import commits_in
+from softlabels.store.lifetimes import lifetimes_in
 from softlabels.store.table import Table
 
 
@@ -26,9 +29,10 @@ def log_lines(table: Table, limit: int | None = None) -> list[dict[str, Any]]:
     """
     names = tags.tags_by_version(table.root)
     records = closed.vacuum_records(table.root)
-    rows, files = _counts(table)
+    entries = read_entries(table.root, range(table.version + 1))
+    rows, files = _counts(table.root, entries)
     lines: list[dict[str, Any]] = []
-    for commit in table.history()[:limit]:
+    for commit in commits_in(table.root, entries)[:limit]:
         version = commit["version"]
         now, before = rows.get(version), rows.get(version - 1) if version else 0
         lines.append(
@@ -45,10 +49,12 @@ def log_lines(table: Table, limit: int | None = None) -> list[dict[str, Any]]:
     return lines
 
 
-def _counts(table: Table) -> tuple[dict[int, int], dict[int, int]]:
+def _counts(
+    root: Root, entries: Sequence[LogEntry | None]
+) -> tuple[dict[int, int], dict[int, int]]:
     """Rows and files by version, of those whose log entries can be followed."""
     try:
-        life = read_lifetimes(table.root, table.version)
+        life = lifetimes_in(root, entries)
     except IntegrityError:
         return {}, {}
     rows = {version: rows for version, rows in enumerate(life.rows.tolist()) if rows >= 0}

@@ -34,6 +34,7 @@ from softlabels.store.copies import (
 )
 from softlabels.store.entries import FOLDER as LOG
 from softlabels.store.origin import origin_of
+from softlabels.store.returning import find_returning
 from softlabels.store.rewriting import read_checked
 from softlabels.store.table import Table, TableFile
 
@@ -56,7 +57,8 @@ class Published:
         copied: files that were not there, `copied_bytes` of them.
         new: whether this call made the version.
         snapshot_digest: of both.
-        tag: made at the copy.
+        tag: at the copy, made or there before.
+        deleted_rows: of the version, that were deleted from the table since.
         seconds: time it took.
     """
 
@@ -72,6 +74,7 @@ class Published:
     new: bool = False
     snapshot_digest: str = ""
     tag: str | None = None
+    deleted_rows: int = 0
     seconds: float = 0.0
 
 
@@ -102,6 +105,7 @@ def plan_publish(source: Table, uri: str, tag: str | None = None) -> Published:
             if sizes.get(file.path) != file.size:
                 report.copied += 1
                 report.copied_bytes += file.size
+    report.tag = tag
     return report
 
 
@@ -282,4 +286,5 @@ def _report(source: Table, target: Root, there: Table | None) -> Published:
         files=len(source.files),
         bytes=sum(file.size for file in source.files),
         snapshot_digest=source.snapshot_digest,
+        deleted_rows=find_returning(source, source.latest()).num_rows,
     )

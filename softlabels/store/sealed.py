@@ -18,6 +18,11 @@ def seal(value: BaseModel) -> bytes:
     return text[:-1] + f',"sha256":"{sha256_bytes(text)}"}}'.encode()
 
 
+def is_sealed(data: bytes) -> bool:
+    """Whether a file has its checksum; those of earlier releases have none."""
+    return _SEAL.search(data) is not None
+
+
 def unseal(kind: type[M], data: bytes) -> M:
     """What `seal` wrote. Files of earlier releases have no checksum.
 

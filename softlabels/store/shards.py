@@ -324,11 +324,14 @@ def statistics_of(file: pq.ParquetFile, name: str) -> dict[str, Any]:
 
 
 def bytes_by_column(file: pq.ParquetFile) -> dict[str, int]:
-    """Compressed bytes of each top-level column of a shard."""
+    """Compressed bytes of each top-level column of a shard that `open_shard` opened.
+
+    Raises:
+        IntegrityError: its footer does not describe them.
+    """
+    assert isinstance(file, Parquet)
     totals: dict[str, int] = {}
     for group in range(file.metadata.num_row_groups):
-        for index in range(file.metadata.num_columns):
-            chunk = file.metadata.row_group(group).column(index)
-            name = chunk.path_in_schema.split(".")[0]
-            totals[name] = totals.get(name, 0) + chunk.total_compressed_size
+        for chunk in file.chunks(group):
+            totals[chunk.column] = totals.get(chunk.column, 0) + chunk.stored
     return totals

@@ -101,7 +101,7 @@ class Table:
         uri, mark = parse_reference(reference)
         root = table_root(uri)
         tag: Tag | None = None
-        if mark is not None and not mark.isdecimal():
+        if mark is not None and not (mark.isascii() and mark.isdecimal()):
             tag = read_tag(root, mark)
         version = tag.version if tag else int(mark) if mark else None
         table = cls(root, open_delta(root, version))
@@ -191,6 +191,10 @@ class Table:
             IntegrityError: the log's keys are not those that were recorded.
         """
         return key in self._keys.held
+
+    def uncommitted(self, keys: frozenset[str]) -> frozenset[str]:
+        """Those of `keys` that are not in the log up to this version, as `committed`."""
+        return keys - self._keys.held
 
     def history(self) -> list[dict[str, Any]]:
         """Commits, newest first: version, timestamp (ms), operation, run, change.

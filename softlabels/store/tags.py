@@ -15,7 +15,7 @@ from softlabels.store.closed import require_open
 from softlabels.store.sealed import seal, unseal
 
 FOLDER = "_softlabels/tags"
-_NAME = re.compile(r"(?!\d+$)[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_NAME = re.compile(r"(?![0-9]+$)[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _PLAN = re.compile(r"plan-([0-9a-f]{16})(?:-\d+)?")
 
 

@@ -3,14 +3,14 @@
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from softlabels.errors import IntegrityError, StorageError
+from softlabels.errors import IntegrityError, StorageError, counted
 from softlabels.storage import Entry, Root
 from softlabels.store import closed, files, runs, tags
 from softlabels.store.closed import VacuumRecord
@@ -39,11 +39,16 @@ class Keep:
         retention: seconds; versions that were the newest at some time since then.
         versions: so many of the newest.
         grace: seconds that a file may be uncommitted.
+        abandoned: seconds without a sign of life (its start, a file, a claim) after which an
+            unfinished run is taken for dead, at least `grace`; None: never. What is committed of
+            it stays. Should it come back after all, it labels the units again whose files are gone:
+            a capture commits what it has just stored, never what it finds.
     """
 
     retention: float = 30 * DAY
     versions: int = 1
     grace: float = DAY
+    abandoned: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,14 +96,23 @@ class Vacuum:
 
 
 class OpenRuns:
-    """Captures that are not finished: they may come back to what they stored."""
+    """Captures that are not finished: they may come back to what they stored.
 
-    def __init__(self, table: Table) -> None:
+    Args:
+        table: at its newest version.
+        without: first 16 digits of the ids of those that are taken for dead.
+    """
+
+    def __init__(self, table: Table, without: Collection[str] = ()) -> None:
         self._table = table
-        self._runs = {record.run_id[:16]: record for record in runs.open_runs(table)}
+        found = {record.run_id[:16]: record for record in runs.open_runs(table)}
+        self._runs = {run: record for run, record in found.items() if run not in without}
 
     def __contains__(self, run: object) -> bool:
         return run in self._runs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._runs)
 
     def needs(self, path: str) -> bool:
         """Whether a run may still commit the file at `path`, or holds the claim there."""
@@ -129,13 +143,15 @@ class Look:
         self._data = {p: e for p, e in found if e.is_file and _DATA.fullmatch(e.name)}
         self._temporary = _temporary(root)
         self._claims = _claims(root)
+        self._starts = {e.name[:16]: e for e in root.entries(runs.FOLDER) if e.is_file}
         self._tags = tags.tags_by_version(root)
         records = closed.vacuum_records(root)
-        self.records = [r for r in records if own is None or r.vacuum_id != own.vacuum_id]
         self._newest = table.latest()
-        self._open = OpenRuns(self._newest)
         self._life = read_lifetimes(root, self._newest.version)
+        others = [r for r in records if own is None or r.vacuum_id != own.vacuum_id]
+        self.records = [r if r.sealed else self._seen_closed(r) for r in others]
         self._notes: list[str] = []
+        self.abandoned = self._look_at_runs()
         self._check()
 
     def found(self) -> Vacuum:
@@ -166,6 +182,36 @@ class Look:
         gone = self._life.holding(path for path in self._life.spans if path not in self._data)
         every = (v for first, last in gone for v in range(first, last + 1))
         return closed.ranges(v for v in every if record.closes(v))
+
+    def _seen_closed(self, record: VacuumRecord) -> VacuumRecord:
+        """A record without a checksum: it may be damaged, and closes what lost files indeed."""
+        return record.model_copy(update={"closed": self.lost(record)})
+
+    def _look_at_runs(self) -> frozenset[str]:
+        """Notes which unfinished runs are silent; those that are taken for dead."""
+        every = OpenRuns(self._newest)
+        waiting = [path[_RUN] for path in self._waiting if every.needs(path)]
+        claimed = [path.split("/")[-2] for path in self._claims]
+        silent = {run: self._silence(run) for run in every if run in {*waiting, *claimed}}
+        limit = self._keep.abandoned
+        dead = frozenset(run for run, s in silent.items() if limit is not None and s > limit)
+        for run, seconds in sorted(silent.items()):
+            since = f"no sign of life for {seconds / DAY:.1f} days"
+            what = f"the unfinished run {run} has {since}"
+            if run in dead:
+                self._notes.append(f"{what} and is taken for dead: what it committed stays")
+            elif run in waiting and seconds > max(self._keep.retention, self._keep.grace):
+                count = counted(waiting.count(run), "file")
+                self._notes.append(f"{what}; uncommitted, kept for it: {count}")
+        self._open = OpenRuns(self._newest, dead)
+        return dead
+
+    def _silence(self, run: str) -> float:
+        """Seconds since the youngest of a run's start, files and claims."""
+        files = [entry for path, entry in self._data.items() if path[_RUN] == run]
+        claims = [e for path, e in self._claims.items() if path.split("/")[-2] == run]
+        start = [self._starts[run]] if run in self._starts else []
+        return min((self.age(entry) for entry in (*files, *claims, *start)), default=0.0)
 
     def age(self, entry: Entry) -> float:
         """Seconds since it was written; 0 where the store does not say."""

@@ -13,7 +13,7 @@ is older than the retention loses its files: tag what is read.
 """
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -43,6 +43,11 @@ def plan_vacuum(table: Table, keep: Keep) -> Vacuum:
     """
     if keep.retention < 0 or keep.versions < 1 or keep.grace < 0:
         raise BadInputError(f"{keep!r}: expected times of at least 0 s and at least 1 version")
+    if keep.abandoned is not None and keep.abandoned < keep.grace:
+        raise BadInputError(
+            f"a run may be silent for {keep.abandoned:g} s and a file wait for {keep.grace:g} s: "
+            "expected at least as long for the run"
+        )
     return Look(table, keep).found()
 
 
@@ -68,6 +73,9 @@ def vacuum(
         TryAgainError: another vacuum held this one to be dead and ended it.
     """
     intended = plan_vacuum(table, keep)
+    settings = {"retention": keep.retention, "versions": keep.versions, "grace": keep.grace}
+    if keep.abandoned is not None:
+        settings["abandoned"] = keep.abandoned
     record = VacuumRecord(
         vacuum_id=closed.new_id(),
         began_at=_now(),
@@ -75,7 +83,7 @@ def vacuum(
         closed=intended.closes,
         files=len(intended.doomed),
         bytes=intended.bytes,
-        settings={"retention": keep.retention, "versions": keep.versions, "grace": keep.grace},
+        settings=settings,
         packages={"softlabels": importlib.metadata.version("softlabels")},
     )
     if intended.doomed:
@@ -84,7 +92,7 @@ def vacuum(
     look = Look(table, keep, record)
     agreed = look.narrowed(intended)
     planned(len(agreed.doomed))
-    removed = list(_delete(table, record, agreed.doomed, done))
+    removed = list(_delete(table, record, agreed.doomed, look.abandoned, done))
     made = replace(agreed, doomed=tuple(removed), closes=look.closes(removed))
     if intended.doomed:
         _end(table.root, record, made.closes, len(removed), made.bytes)
@@ -93,7 +101,11 @@ def vacuum(
 
 
 def _delete(
-    table: Table, record: VacuumRecord, doomed: Sequence[Doomed], done: Callable[[], None]
+    table: Table,
+    record: VacuumRecord,
+    doomed: Sequence[Doomed],
+    abandoned: Collection[str],
+    done: Callable[[], None],
 ) -> Iterator[Doomed]:
     for start in range(0, len(doomed), _HANDFUL):
         handful = doomed[start : start + _HANDFUL]
@@ -104,7 +116,7 @@ def _delete(
             )
         newest = table.latest()
         needed = {file.path for file in newest.files}
-        runs = OpenRuns(newest)
+        runs = OpenRuns(newest, abandoned)
         for one in handful:
             if one.path not in needed and not runs.needs(one.path):
                 table.root.delete(one.path)

@@ -36,7 +36,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 _PACKAGES = ("softlabels", "torch", "numpy", "pyarrow", "safetensors")
 
 
-DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+DAMAGED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What JSON of a damaged record, or what is looked for in it, raises."""
 
 UNREADABLE_TENSORS = (SafetensorError, KeyError, OverflowError, RuntimeError, ValueError)

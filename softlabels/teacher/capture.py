@@ -1,7 +1,7 @@
 """Capture: a teacher labels a source once, unit by unit, into a table."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import numpy as np
@@ -16,7 +16,7 @@ from softlabels.store.table import Table
 from softlabels.teacher.labeller import Labeller
 from softlabels.teacher.models import torch_threads
 from softlabels.teacher.recorded.spec import ImportSpec
-from softlabels.teacher.run import Run, Scan, Spec, prepare, scan
+from softlabels.teacher.run import Run, Scan, Spec, Unit, prepare, scan
 from softlabels.teacher.sharing import Sharing
 from softlabels.teacher.spec import CaptureSpec, SequenceCaptureSpec
 from softlabels.teacher.worker import Progress, Report, Worker
@@ -74,7 +74,7 @@ def capture(spec: Spec, progress: Progress | None = None, sharing: Sharing | Non
                 table = worker.table
             report.left = sum(not table.committed(unit.key) for unit in left)
             claims.sweep(table.root, run.id[:16], lambda unit: table.committed(f"{run.id}/{unit}"))
-            _look_for_missing(run, table, found, report, planning)
+            _look_for_missing(run, table, left, found, report, planning)
         finally:
             report.seconds = round(time.monotonic() - began, 3)
             progress.reported(report)
@@ -109,29 +109,51 @@ def _record(labeller: Labeller, table: Table) -> None:
 
 def _already(run: Run, table: Table) -> int:
     """Rows that this run has put into the table and that are there."""
-    if any(file.compacted for file in table.files):
-        return _labelled(run, table)
-    return sum(f.num_rows for f in table.files if f.unit.startswith(run.id[:16]))
+    rows = sum(int(f.num_rows) for f in table.files if table.committed(f"{run.id}/{f.unit}"))
+    if not any(file.compacted for file in table.files):
+        return rows
+    # Which rows of a compacted file are of which unit nobody knows; what was deleted of them,
+    # `_look_for_missing` takes off.
+    gone = {unit.name for unit in _without_file(run, table)}
+    done = (commit["run"] for commit in table.history() if gone)
+    mine = (one for one in done if one is not None and one.run_id == run.id)
+    rows += sum(
+        int(one.num_rows)
+        for one in mine
+        if gone.issuperset(u.rpartition("/")[2] for u in one.units)
+    )
+    return rows
 
 
-def _labelled(run: Run, table: Table) -> int:
-    """Rows that this run has put into the table, whether they are there or not."""
-    done = (commit["run"] for commit in table.history())
-    return sum(one.num_rows for one in done if one is not None and one.run_id == run.id)
+def _without_file(run: Run, table: Table) -> list[Unit]:
+    """Committed units that had no rows, are in a compacted file, or went from the table."""
+    files = {file.unit for file in table.files}
+    return [u for u in run.units if u.name not in files and table.committed(u.key)]
 
 
 def _look_for_missing(
-    run: Run, table: Table, found: Scan | None, report: Report, advance: Callable[[int], None]
+    run: Run,
+    table: Table,
+    left: Sequence[Unit],
+    found: Scan | None,
+    report: Report,
+    advance: Callable[[int], None],
 ) -> None:
     """Compares what the run has committed with what the newest version has.
 
     Units are committed once and for all. Where a rollback has taken their rows out, the table does
     not have what the run was asked for, and this command will never mend it. Rows that were deleted
     for good are meant to be gone.
+
+    Args:
+        run: the run.
+        table: at the newest version.
+        left: units that were not committed before this call.
+        found: in the source, where it was looked at.
+        report: gets the number of missing rows.
+        advance: told how many more rows of the source were looked at.
     """
-    files = {file.unit for file in table.files}
-    gone = [u for u in run.units if u.name not in files and table.committed(u.key)]
-    # A unit without a file may have had no rows, or be in a compacted file.
+    gone = _without_file(run, table)
     changes = _changes(run, table) if gone else []
     if not changes:
         return
@@ -144,6 +166,10 @@ def _look_for_missing(
         lacking &= ~np.isin(found.keys, row_keys(batch))
     deleted = lacking & np.isin(found.keys, deleted_keys(table.root))
     report.missing = int((lacking & ~deleted).sum())
+    if any(file.compacted for file in table.files):
+        for unit in left:
+            deleted[unit.start : unit.stop] = False
+        report.already -= int(deleted.sum())
     if report.missing:
         raise MismatchError(
             f"{report.missing} rows of this run's committed units are not in version "

@@ -22,7 +22,7 @@ class Elsewhere:
     """
 
     def __init__(self, run: str, keys: Keys) -> None:
-        self._run = run[:16]
+        self._run = run
         self._order = np.argsort(keys, kind="stable")
         self._sorted = keys[self._order]
         self._looked_at: Table | None = None
@@ -40,11 +40,11 @@ class Elsewhere:
         before, new = self._looked_at, table.files
         if before is not None:
             new = table.files_since(before)
-            if any(map(self._is_foreign, before.files_since(table))):
+            if any(self._is_foreign(before, file) for file in before.files_since(table)):
                 # What is gone from the table may be labelled again.
                 self.here[:] = False
                 new = table.files
-        foreign = [file for file in new if self._is_foreign(file)]
+        foreign = [file for file in new if self._is_foreign(table, file)]
         for batch in table.batches(["example_id", "view"], foreign):
             self.here[self._rows_of(row_keys(batch))] = True
         self._looked_at = table
@@ -54,10 +54,10 @@ class Elsewhere:
         part = slice(unit.start, unit.stop)
         return np.asarray(self.here[part] | self.deleted[part])
 
-    def _is_foreign(self, file: TableFile) -> bool:
-        # Of this run's own files all rows are in units that are committed, and those are not
-        # labelled again; a compacted file may hold rows of any run.
-        return file.compacted or not file.unit.startswith(self._run)
+    def _is_foreign(self, table: Table, file: TableFile) -> bool:
+        # Rows of units that this table knows as committed are not labelled again. A published
+        # copy has this run's files without its units; a compacted file may hold rows of any run.
+        return file.compacted or not table.committed(f"{self._run}/{file.unit}")
 
     def _rows_of(self, keys: Keys) -> npt.NDArray[np.int64]:
         """The first source row of each of these keys that the source has."""

@@ -1,6 +1,7 @@
 """Teachers: what turns source columns into logits."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from softlabels.fingerprint import sha256_bytes, sha256_json, sha256_stream
 from softlabels.imports import load_object, source_sha256
 from softlabels.lineage import TeacherLineage
 from softlabels.teacher.spec import CaptureSpec
+
+_BUILDING = threading.Lock()
 
 
 class TorchTeacher:
@@ -75,11 +78,14 @@ def load_teacher(spec: CaptureSpec) -> TorchTeacher:
         BadInputError: an import path, an argument, the weights file or the device is wrong.
         MismatchError: the weights do not fit the module.
     """
-    torch.manual_seed(0)  # a module that starts from random weights must not differ by run
     module_class = load_object(spec.teacher.module)
     decode = load_object(spec.source.decode)
     try:
-        module = module_class(**spec.teacher.arguments)
+        # A module that starts from random weights must not differ by run, nor by what another
+        # thread draws meanwhile.
+        with _BUILDING:
+            torch.manual_seed(0)
+            module = module_class(**spec.teacher.arguments)
     except Exception as error:
         raise BadInputError(
             f"{spec.teacher.module!r} cannot be made of teacher.arguments: {_one_line(error)}"

@@ -48,7 +48,7 @@ class Sharing:
         if self.shard is not None and self.claim:
             raise BadInputError("give a shard or claim units, not both")
         if not (self.wait or self.claim):
-            raise BadInputError("not to wait for other workers goes with claim")
+            raise BadInputError("not to wait for others (--no-wait) goes with claims (--claim)")
         if not LEAST_LEASE <= self.lease <= MOST_LEASE:
             raise BadInputError(
                 f"lease {self.lease!r}: expected {LEAST_LEASE:g} to {MOST_LEASE:g} seconds"

@@ -104,6 +104,7 @@ class Worker:
         self._report = report
         self._stopped = stopped
         self._bytes_per_row = 0.0
+        self._open = frozenset(unit.key for unit in labeller.run.units)
         self._elsewhere = Elsewhere(labeller.run.id, found.keys)
         self._elsewhere.learn(table)
 
@@ -169,9 +170,10 @@ class Worker:
             if stored.path is not None and not tries:
                 self.table.root.delete(stored.path)
             return False
-        report, units = self._report, self._labeller.run.units
+        report = self._report
         report.version = self.table.version
-        report.left = sum(not self.table.committed(one.key) for one in units)
+        self._open = self.table.uncommitted(self._open)
+        report.left = len(self._open)
         new = self.table.files_since(before)
         if stored.path is None or any(file.path == stored.path for file in new):
             report.committed += 1

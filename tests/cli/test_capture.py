@@ -103,8 +103,7 @@ def test_a_capture_says_what_it_made_and_then_that_nothing_is_left(folder: Path,
     assert errors(err) == []
     *lines, last = out.splitlines()
     assert lines == [
-        "2 source rows repeat an example and were labelled once"
-        " (0 of them with another hard label)",
+        "2 source rows repeat an example: labelled once (0 with another hard label)",
         f"{folder}/table@3: 105 rows labelled, 0 before",
     ]
     found = json.loads(last)
@@ -113,7 +112,7 @@ def test_a_capture_says_what_it_made_and_then_that_nothing_is_left(folder: Path,
     assert code == 0
     *lines, last = out.splitlines()
     assert lines == [
-        "nothing left to label: all 3 units were there",
+        "nothing left to label: 3 units were there",
         f"{folder}/table@3: 0 rows labelled, 105 before",
     ]
     assert json.loads(last)["exit"] == 0
@@ -344,7 +343,7 @@ def test_the_last_line_is_json_also_when_something_breaks(
         (["--shard", "2/2"], "from 0 to n - 1"),
         (["--shard", "half"], "expected i/n"),
         (["--shard", "0/2", "--claim"], "not both"),
-        (["--no-wait"], "goes with claim"),
+        (["--no-wait"], "goes with claims"),
         (["--claim", "--lease", "0"], "expected 1 to 3600 seconds"),
     ],
 )
@@ -369,7 +368,7 @@ def test_shards_by_hand(folder: Path, cli: Cli) -> None:
     code, out, _ = cli("capture", job, "--shard", "0/2")
     *lines, last = out.splitlines()
     assert lines == [
-        "1 of 3 units are left to other workers",
+        "1 of 3 units left to other workers",
         f"{folder}/table@2: 60 rows labelled, 0 before",
     ]
     assert (code, json.loads(last)["left"]) == (0, 1)

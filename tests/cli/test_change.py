@@ -66,10 +66,10 @@ def test_its_commands_remove_the_rows_for_good(tmp_path: Path, table: Table) -> 
 def test_delete_by_a_file_of_ids(tmp_path: Path, table: Table) -> None:
     (tmp_path / "ids.txt").write_text("x00003\nnobody\n\nx00004\n")
     said = run("delete", "labels", "--ids", "ids.txt", "--yes", cwd=tmp_path).stdout
-    assert "1 of the ids that were asked for are of no row" in said
+    assert "1 id that was asked for: of no row" in said
     assert Table.open(table.root.uri).num_rows == 298
     lifted = run("delete", "labels", "--ids", "ids.txt", "--allow-again", "--yes", cwd=tmp_path)
-    assert "2 examples may be labelled again" in lifted.stdout
+    assert "3 examples may be labelled again" in lifted.stdout
     assert "captures will pass" not in lifted.stdout
 
 
@@ -101,7 +101,7 @@ def test_compact_says_what_it_did(tmp_path: Path, table: Table) -> None:
         f"{table.root.uri}@2: 300 rows as before, 6 files of {bytes_before} bytes became 1"
     )
     said = run("compact", "labels", "--target-size", "1 GiB", cwd=tmp_path).stdout
-    assert last(said) == f"{table.root.uri}@2: nothing to compact, 1 files"
+    assert last(said) == f"{table.root.uri}@2: nothing to compact, 1 file"
 
 
 def test_publish_says_what_it_did(tmp_path: Path, table: Table) -> None:
@@ -121,7 +121,34 @@ def test_publish_says_what_it_did(tmp_path: Path, table: Table) -> None:
     assert f"of {table.root.uri}@1" in listed
     (tmp_path / "copy" / table.files[0].path).unlink()
     said = run("publish", "labels", "copy", cwd=tmp_path).stdout
-    assert re.search(r"1 of 6 files, \d+ bytes were missing and are there again", said)
+    assert re.search(r"1 of 6 files, \d+ bytes: missing before, there again", said)
+
+
+def test_publish_brings_the_tag_that_was_named_along(tmp_path: Path, table: Table) -> None:
+    for name in ("v1", "other"):
+        tags.make_tag(table.root, name, 1, table.snapshot_digest)
+    plan = json_of("publish", "labels@v1", "copy", "--dry-run", cwd=tmp_path)
+    assert (plan["tag"], (tmp_path / "copy").exists()) == ("v1", False)
+    run("publish", "labels@v1", "copy", "--no-tag", cwd=tmp_path)
+    copy = Table.open(str(tmp_path / "copy"))
+    assert tags.tag_names(copy.root) == []
+    run("publish", "labels@v1", "copy", cwd=tmp_path)
+    assert tags.tag_names(copy.root) == ["v1"]
+    assert json_of("publish", "labels@v1", "copy", cwd=tmp_path)["tag"] == "v1"
+    assert Table.open(f"{tmp_path / 'copy'}@v1").snapshot_digest == table.snapshot_digest
+    run("publish", "labels@v1", "copy", "--tag", "mine", cwd=tmp_path)
+    assert tags.tag_names(copy.root) == ["mine", "v1"]
+    # The name is taken there by something else.
+    run("delete", "labels", "--where", "label = 7", "--yes", cwd=tmp_path)
+    run("tag", "labels@2", "mine", cwd=tmp_path)
+    done = run("publish", "labels@v1", "copy", cwd=tmp_path)
+    assert f"{table.root.uri}@1 holds 30 rows that you deleted since" in done.stderr
+    said = error_of("publish", "labels@mine", "copy", cwd=tmp_path)
+    assert "stands for version 1" in said
+    assert copy.latest().version == 1
+    assert "Give one of them" in error_of(
+        "publish", "labels", "copy", "--tag", "a", "--no-tag", cwd=tmp_path
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,6 +161,7 @@ def test_publish_says_what_it_did(tmp_path: Path, table: Table) -> None:
         (["delete", "labels", "--ids", "empty.txt"], "is empty"),
         (["delete", "labels", "--ids", "latin.txt"], "expected UTF-8"),
         (["delete", "labels", "--ids", "ids.txt", "--record-where"], "ids are never recorded"),
+        (["delete", "labels", "--ids", "none.txt"], "there is no file 'none.txt'"),
         (["delete", "nothing", "--where", "true"], "there is no table"),
         (["compact", "labels@1"], "leave out @"),
         (["compact", "labels", "--target-size", "128"], "expected a number and a unit"),
@@ -156,9 +184,8 @@ def test_mistakes_are_one_line_and_2(
 
 
 def test_other_failures_are_1(tmp_path: Path, table: Table) -> None:
-    assert "cannot be read" in error_of(
-        "delete", "labels", "--ids", "none.txt", cwd=tmp_path, code=1
-    )
+    (tmp_path / "folder").mkdir()
+    assert "cannot be read" in error_of("delete", "labels", "--ids", "folder", cwd=tmp_path, code=1)
     make_table(tmp_path / "other", rows=10)
     assert "not by a publish" in error_of("publish", "labels", "other", cwd=tmp_path, code=1)
 

@@ -34,7 +34,7 @@ def test_it_makes_a_table_once(spec: Path, tmp_path: Path) -> None:
     table = tmp_path / "both"
     code, out, _ = run(spec, "-o", table, "--dry-run")
     assert (code, table.exists()) == (0, False)
-    assert out.splitlines()[-1] == f"{table} would be made: exact, k 10, 1 units"
+    assert out.splitlines()[-1] == f"{table} would be made: exact, k 10, 1 unit"
     code, out, _ = run(spec, "-o", table)
     assert (code, out.splitlines()) == (
         0,

@@ -12,6 +12,7 @@ import yaml
 
 from softlabels.errors import TryAgainError
 from softlabels.store.claims import Claims, claim_path
+from softlabels.store.rollback import rollback
 from softlabels.store.status import status
 from softlabels.store.table import Table
 from softlabels.teacher.capture import Sharing, capture
@@ -94,6 +95,14 @@ def test_workers_and_their_last_beat(begun: Path) -> None:
     assert fifth.seconds_ago == pytest.approx(100, abs=30)
 
 
+def test_rows_that_went_since_are_said(begun: Path, cli: Cli) -> None:
+    rollback(Table.open(f"{begun}/table@1"))
+    code, out, _ = cli("status", f"{begun}/table")
+    assert code == 0
+    assert "20 rows that runs put in went since: see softlabels log" in out
+    assert out.splitlines()[-1] == f"{begun}/table@3: 20 rows, 1 run, 1 unfinished"
+
+
 def test_by_hand(begun: Path, cli: Cli) -> None:
     run, root = make_run(begun, shard_rows=20), Table.open(f"{begun}/table").root
     Claims(root, run.id[:16]).take([run.units[3].name])
@@ -102,8 +111,8 @@ def test_by_hand(begun: Path, cli: Cli) -> None:
     for place in (f"{begun}/table", job):
         code, out, err = cli("status", place)
         assert (code, err) == (0, "")
-        assert out.splitlines()[-1] == f"{begun}/table@2: 1 runs, 1 unfinished"
-        assert f"{run.id[:12]}: 1 files, 1234 bytes are stored and not committed" in out
+        assert out.splitlines()[-1] == f"{begun}/table@2: 40 rows, 1 run, 1 unfinished"
+        assert f"{run.id[:12]}: 1 file, 1234 bytes stored and not committed" in out
         assert "2/5" in out
         assert "workers with a claim" in out
         outs.append(out)

@@ -159,7 +159,7 @@ def test_tags_are_deleted_by_name_and_it_says_what_that_frees(home: Path) -> Non
 def test_verify_of_a_sample_says_what_it_did_not_read(home: Path) -> None:
     lines = run("verify", "labels", "--sample", "1", "--seed", "3", cwd=home).stdout.splitlines()
     assert lines[0].startswith("a sample by seed 3: 1 of 2 files, 20 of 40 rows, ")
-    assert lines[-1] == f"{home / 'labels'}@1: 1 files, 20 rows, 0 problems"
+    assert lines[-1] == f"{home / 'labels'}@1: 1 file, 20 rows, 0 problems"
     assert as_json("verify", "labels", "--sample", "1", cwd=home)["sample"]["of_files"] == 2
     run("verify", "labels", "--sample", "0", cwd=home, code=2)
     assert "--all reads every file" in error_of(
@@ -214,7 +214,7 @@ def test_rollback_says_what_goes_and_what_to_do(home: Path) -> None:
     uri = str(home / "labels")
     dry = run("rollback", "labels@0", "--dry-run", cwd=home).stdout.splitlines()
     assert dry[0] == "0 files come back, 2 go; 40 rows -> 0"
-    assert dry[-1] == f"{uri}: a new version would hold what version 0 holds"
+    assert dry[-1] == f"{uri}: a new version would hold what version 0 holds; nothing was done"
     assert Table.open(uri).version == 1
     lines = run("rollback", "labels@0", cwd=home).stdout.splitlines()
     assert lines[1].startswith("2 units of run 000000000000 go and stay committed")
@@ -236,6 +236,41 @@ def test_rollback_says_what_goes_and_what_to_do(home: Path) -> None:
     assert "has no version 9" in error_of("rollback", "labels@9", cwd=home)
 
 
+def test_rollback_says_what_becomes_of_deleted_rows(home: Path) -> None:
+    uri = str(home / "labels")
+    run("delete", "labels", "--where", "label = 3", "--yes", cwd=home)
+    said = error_of("rollback", "labels@1", "--dry-run", cwd=home)
+    assert "would bring back 4 deleted rows: add --keep-deletions" in said
+    both = ("rollback", "labels@1", "--keep-deletions", "--bring-back-deleted")
+    assert "Give one of them" in error_of(*both, cwd=home)
+    assert Table.open(uri).version == 2
+    run("rollback", "labels@0", cwd=home)
+    told = run("rollback", "labels@1", "--keep-deletions", "--dry-run", cwd=home).stdout
+    assert told.splitlines()[-1] == (
+        f"{uri}: a new version would hold what version 1 holds without 4 deleted rows; "
+        "nothing was done"
+    )
+    lines = run("rollback", "labels@1", "--keep-deletions", cwd=home).stdout.splitlines()
+    assert lines[0] == "2 files come back, 2 after being written again, 0 go; 0 rows -> 36"
+    assert lines[-1] == f"{uri}@4: 36 rows, as at version 1 without 4 deleted rows"
+    again = run("rollback", "labels@1", "--keep-deletions", cwd=home).stdout
+    assert "holds what version 1 holds without 4 deleted rows already" in again
+    lines = run("rollback", "labels@1", "--bring-back-deleted", cwd=home).stdout.splitlines()
+    assert lines[0] == "4 deleted rows come back"
+    assert Table.open(uri).num_rows == 40
+
+
+def test_nothing_is_lost_without_yes(home: Path) -> None:
+    for verb in (["delete", "labels", "--where", "label = 3"], ["vacuum", "labels"]):
+        assert as_json(*verb, "--dry-run", cwd=home) == as_json(*verb, cwd=home)
+        assert as_json(*verb, cwd=home)["dry_run"] is True
+        assert "Give one of them" in error_of(*verb, "--yes", "--dry-run", cwd=home)
+    assert Table.open(str(home / "labels")).num_rows == 40
+    assert as_json("vacuum", "labels", "--yes", cwd=home)["dry_run"] is False
+    for name in ("delete", "vacuum", "rollback", "compact", "publish", "calibrate"):
+        assert "--dry-run" in run(name, "--help", cwd=home).stdout
+
+
 def test_diff_of_versions_that_a_rollback_is_between(home: Path) -> None:
     run("rollback", "labels@0", cwd=home)
     found = as_json("diff", "labels@1", "labels@2", cwd=home)
@@ -255,11 +290,11 @@ def test_vacuum_shows_first_and_deletes_when_told(home: Path) -> None:
     os.utime(home / "labels" / "data" / "x.parquet.0123abcd.tmp", (1, 1))
     shown = run("vacuum", "labels", cwd=home).stdout.splitlines()
     assert shown[0].split() == ["bytes", "file", "why"]
-    assert shown[-1] == f"{home / 'labels'}: 1 files, 5 bytes would be deleted; add --yes to do it"
+    assert shown[-1] == f"{home / 'labels'}: 1 file, 5 bytes would be deleted; add --yes to do it"
     found = as_json("vacuum", "labels", "--retention", "0d", cwd=home)
     assert (found["deleted"], found["bytes"], len(found["doomed"])) == (False, 5, 1)
     done = run("vacuum", "labels", "--yes", cwd=home).stdout.splitlines()
-    assert done[-1] == f"{home / 'labels'}: 1 files, 5 bytes deleted"
+    assert done[-1] == f"{home / 'labels'}: 1 file, 5 bytes deleted"
     assert run("vacuum", "labels", "--yes", cwd=home).stdout == (
         f"{home / 'labels'}: nothing to remove\n"
     )
@@ -273,7 +308,9 @@ def test_vacuum_shows_first_and_deletes_when_told(home: Path) -> None:
 
 
 def test_verify_exits_0_on_a_whole_table_and_1_on_damage(home: Path) -> None:
-    assert as_json("verify", "labels", cwd=home) == {"files": 2, "rows": 40, "problems": []}
+    said = {"table": f"{home / 'labels'}", "version": 1}
+    whole = {"files": 2, "rows": 40, "problems": []}
+    assert as_json("verify", "labels", cwd=home) == said | whole
     done = run("verify", "labels", cwd=home)
     assert done.stdout == f"{home / 'labels'}@1: 2 files, 40 rows, 0 problems\n"
 
@@ -285,7 +322,7 @@ def test_verify_exits_0_on_a_whole_table_and_1_on_damage(home: Path) -> None:
     assert len(report["problems"]) == 1
     shown = run("verify", "labels", cwd=home, code=1).stdout.splitlines()
     assert "sha256 is" in shown[0]
-    assert shown[-1].endswith("1 problems")
+    assert shown[-1].endswith("1 problem")
     assert run("verify", "labels@0", cwd=home).stdout.endswith("0 problems\n")
 
 

@@ -20,6 +20,7 @@ from softlabels.plan import Plan
 from softlabels.query.recipe import Recipe
 from softlabels.storage import open_root
 from softlabels.store.inspect import verify
+from softlabels.store.shards import bytes_by_column, open_shard, read_row_groups
 from softlabels.store.table import Table
 from softlabels.store.tags import read_tag
 from softlabels.student import checkpoint
@@ -71,8 +72,16 @@ def _records(path: str) -> None:
             raise SoftLabelsError(str(record.broken))
 
 
+def _shard(path: str) -> None:
+    opened = open_shard(open_root(os.path.dirname(path)).buffer(os.path.basename(path)), path)
+    bytes_by_column(opened)
+    for group in range(opened.num_row_groups):
+        read_row_groups(opened, path, [group])
+
+
 READERS: dict[str, Callable[[str], object]] = {
     "plan": _plan,
+    "shard": _shard,
     "source": _source,
     "documents": _documents,
     "records": _records,

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 INT32, INT64, BYTE_ARRAY = 1, 2, 6
 ZSTD, PLAIN, RLE, RLE_DICTIONARY = 6, 0, 3, 8
+DELTA, DELTA_LENGTH, DELTA_BYTES = 5, 6, 7
 
 Field = tuple[int, Any]
 """Number and value: int (i32 or i64), str, bytes, list, or a Struct."""
@@ -114,8 +115,10 @@ def schema(leaves: Sequence[Struct]) -> list[Struct]:
 
 
 def file(body: bytes, elements: list[Struct], rows: int, groups: Sequence[Struct]) -> bytes:
-    """A whole file; `body` begins at byte 4."""
-    footer = [(1, 2), (2, elements), (3, I64(rows)), (4, list(groups))]
+    """A whole file that says it is a shard and a plan; `body` begins at byte 4."""
+    said = (("softlabels.format_version", "1"), ("softlabels.plan", "{}"))
+    meta = [Struct([(1, key), (2, value)]) for key, value in said]
+    footer = [(1, 2), (2, elements), (3, I64(rows)), (4, list(groups)), (5, meta)]
     return whole(body, encode(Struct(footer)))
 
 
@@ -128,6 +131,102 @@ def one_column(page: bytes, values: int, rows: int, kind: int = INT32, **said: A
     """A file of one row group and column, "a"."""
     part = chunk(4, len(page), values, kind, **said)
     return file(page, schema([leaf(kind=kind)]), rows, [group([part], rows)])
+
+
+def differences(count: int, first: int, second: int | None = None) -> bytes:
+    """`count` whole numbers as DELTA_BINARY_PACKED: `first`, then `second` again and again.
+
+    Differences of 0 take no bits: without `second` a billion numbers are 15 bytes.
+    """
+    if second is None:
+        head = b"".join(map(_varint, (1 << 30, 4, count)))
+        return head + encode(first) + encode(0) + bytes(4)
+    step, block = second - first, 128
+    width, least = abs(step).bit_length(), min(step, 0)
+    parts = [step - least] + [-least] * (block - 1)
+    bits = sum(part << place * width for place, part in enumerate(parts))
+    out = b"".join(map(_varint, (block, 4, count))) + encode(first) + encode(least)
+    out += bytes([width]) * 4 + bits.to_bytes(block * width // 8, "little")
+    return out + (encode(0) + bytes(4)) * ((count - 2) // block)
+
+
+def text_page(data: bytes, values: int, encoding: int) -> bytes:
+    """A file of one column of texts, and one page."""
+    page = data_page(zstd(data), len(data), values, encoding)
+    return one_column(page, values, values, BYTE_ARRAY)
+
+
+def run(count: int, value: int) -> bytes:
+    """Levels, or indexes of a dictionary: `value` again and again."""
+    return _varint(count << 1) + bytes([value])
+
+
+def listed(
+    repetition: bytes, definition: bytes, values: int, rows: int, data: bytes, depth: int = 1
+) -> bytes:
+    """A file of one column, lists of numbers in `depth` levels, whose levels are as given."""
+    elements, path = [Struct([(4, "root"), (5, 1)])], []
+    for level in range(depth):
+        path += ["element" if level else "a", "list"]
+        outer = Struct([(3, 0), (4, path[-2]), (5, 1), (6, 3)])
+        elements += [outer, Struct([(3, 2), (4, "list"), (5, 1)])]
+    elements.append(Struct([(1, INT32), (3, 0), (4, "element")]))
+    body = b"".join(struct.pack("<I", len(part)) + part for part in (repetition, definition)) + data
+    page = data_page(zstd(body), len(body), values)
+    (_, (_, fields)) = chunk(4, len(page), values)
+    inner = Struct([(n, [*path, "element"] if n == 3 else value) for n, value in fields])
+    return file(page, elements, rows, [group([Struct([(2, I64(4)), (3, inner)])], rows)])
+
+
+def pages_that_lie() -> dict[str, bytes]:
+    """Pages that hide what they become, or point outside of what there is; by what is wrong."""
+    length = 1 << 20
+    lengths = differences(1_000_000_000, 0)
+    shared = differences(100_000, 0, length) + differences(100_000, length, 0) + b"x" * length
+    word = struct.pack("<I", 1) + b"x"
+    words = dictionary_page(zstd(word), len(word), 1)
+    endless = dictionary_page(zstd(word), len(word), 2**31 - 1)
+    far = data_page(zstd(b"\x08" + run(10, 127)), 3, 10, RLE_DICTIONARY)
+
+    def pointing(to: bytes) -> bytes:
+        body = to + far
+        part = chunk(4 + len(to), len(body), 10, BYTE_ARRAY, dictionary=4)
+        return file(body, schema([leaf(kind=BYTE_ARRAY)]), 10, [group([part], 10)])
+
+    ten, one, zero = bytes(40), run(10, 1), run(10, 0)
+    millions = 15_000_000
+    deep = (run(millions, 0), run(millions, 40), millions, millions, bytes(4 * millions))
+    header = encode(Struct([(1, 0), (2, 20), (3, 20)]))[:-1]
+    packed = data_page(zstd(lengths), len(lengths), 10, DELTA)
+    return {
+        "a billion lengths": text_page(lengths, 10, DELTA_LENGTH),
+        "a billion beginnings": text_page(lengths * 2, 10, DELTA_BYTES),
+        "texts that share a megabyte": text_page(shared, 100_000, DELTA_BYTES),
+        "lengths without an end": text_page(b"\xff" * 40, 10, DELTA_LENGTH),
+        "no lengths": text_page(b"", 10, DELTA_LENGTH),
+        "a billion differences": one_column(packed, 10, 10),
+        "a text longer than its page": text_page(b"\xff" * 5, 1, PLAIN),
+        "lists forty deep": listed(*deep, depth=40),
+        "an index outside of the dictionary": pointing(words),
+        "a dictionary of two billion words": pointing(endless),
+        "lists that begin inside of one": listed(one, one, 10, 10, ten),
+        "lists in more lists than there are": listed(run(10, 200), one, 10, 10, ten),
+        "values deeper than the schema": listed(zero, run(10, 200), 10, 10, ten),
+        "more lists than rows": listed(zero, one, 10, 3, ten),
+        "fewer lists than rows": listed(zero, one, 10, 30, ten),
+        "levels that go on": listed(run(2**31 - 1, 0), one, 10, 10, ten),
+        "lists without values": listed(zero, one, 10, 10, b""),
+        "levels longer than the page": one_column(data_page(zstd(b"\xff" * 4), 4, 10), 10, 10),
+        "a page header that is deep": one_column(header + b"\x1c" * 60_000, 10, 10),
+        "a page header of a long list": one_column(
+            header + b"\x79\xf3" + _varint(8 << 20) + bytes(9 << 20), 10, 10
+        ),
+        "a footer that is deep": whole(b"", b"\x15\x02" + b"\x1c" * 60_000),
+        "a footer of deep lists": whole(b"", b"\x15\x02\x19" + b"\x19" * 60_000),
+        "a footer of a long list": whole(
+            b"", b"\x15\x02\x29\xf3" + _varint(15 << 20) + bytes(15 << 20) + b"\0"
+        ),
+    }
 
 
 def lies() -> dict[str, bytes]:

@@ -359,8 +359,10 @@ def cases(folder: Path) -> list[tuple[str, str, Path]]:
         add(kinds, what, content, ".yaml")
     for what, content in JSON_LINES.items():
         add(("documents", "records"), what, content, ".jsonl")
-    readers = ("source", "records", "plan", "documents")
-    for what, content in (parquets.lies() | foreign()).items():
+    readers = ("source", "records", "plan", "documents", "shard")
+    strange = parquets.lies() | parquets.pages_that_lie() | foreign()
+    # The short form reads every second one.
+    for what, content in list(strange.items())[:: scaled(2, 1)]:
         add(readers, what, content, ".parquet")
     (folder / "plans").mkdir()
     for what, content in plans(folder / "plans").items():

@@ -22,7 +22,7 @@ from tests.servers import S3
 from tests.store.test_table import commit, ids, logged_rows, store_unit, unit_name
 from tests.tables import make_contents
 
-PROCESSES = 8
+PROCESSES = scaled(4, 8)
 ROWS = 3
 
 
@@ -78,7 +78,7 @@ def require_each_once(uri: str, count: int) -> Counter[str]:
     return logged
 
 
-def test_eight_processes_lose_nothing_and_none_of_them_starves(tmp_path: Path) -> None:
+def test_processes_lose_nothing_and_none_of_them_starves(tmp_path: Path) -> None:
     each = scaled(4, 75)
     uri = make_empty(str(tmp_path / "t")).root.uri
     units = [range(n * each, (n + 1) * each) for n in range(PROCESSES)]
@@ -87,7 +87,7 @@ def test_eight_processes_lose_nothing_and_none_of_them_starves(tmp_path: Path) -
     median, longest = statistics.median(taken), max(taken)
     p99 = float(np.quantile(taken, 0.99))
     record(
-        "8 processes commit at once",
+        f"{PROCESSES} processes commit at once",
         {
             "commits": len(taken),
             "lost": 0,
@@ -99,7 +99,7 @@ def test_eight_processes_lose_nothing_and_none_of_them_starves(tmp_path: Path) -
     )
     print(f"median {median:.3f} s, p99 {p99:.3f} s = {p99 / median:.1f} x, max {longest:.3f} s")
     assert len(taken) == PROCESSES * each
-    # 32 commits have no 99th percentile to speak of.
+    # 16 commits have no 99th percentile to speak of.
     assert p99 <= (10 if len(taken) >= 500 else 30) * median
 
 
@@ -114,8 +114,11 @@ def test_processes_with_the_same_units_commit_each_once(tmp_path: Path, turns: b
     record(f"{processes} processes commit the same units, {how}", counts)
 
 
-def test_a_race_on_an_object_store_loses_nothing_either(s3: S3) -> None:
-    each, processes = scaled(3, 25), scaled(3, 4)
+@pytest.mark.parametrize(
+    "processes", [scaled(3, 4), pytest.param(8, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_a_race_on_an_object_store_loses_nothing_either(s3: S3, processes: int) -> None:
+    each = scaled(3, 25)
     uri = make_empty(s3.url("races")).root.uri
     taken = race(uri, [range(n * each, (n + 1) * each) for n in range(processes)])
     require_each_once(uri, processes * each)
@@ -124,6 +127,10 @@ def test_a_race_on_an_object_store_loses_nothing_either(s3: S3) -> None:
         f"{processes} processes commit at once on S3",
         {"commits": len(taken), "lost": 0, "doubled": 0, "p99 / median": round(p99 / median, 1)},
     )
+    print(f"median {median:.3f} s, p99 {p99:.3f} s = {p99 / median:.1f} x, max {max(taken):.3f} s")
+    assert len(taken) == processes * each
+    # A few commits have no 99th percentile to speak of.
+    assert p99 <= 10 * median or len(taken) < 100
 
 
 HOLDER = """

@@ -17,11 +17,12 @@ import yaml
 
 from softlabels.errors import TryAgainError
 from softlabels.query.view import query
-from softlabels.storage import open_root, polars_options
+from softlabels.storage import open_root, options, polars_options
+from softlabels.store import claims
 from softlabels.store.inspect import verify
 from softlabels.store.table import Table
 from softlabels.student.stream import Stream
-from softlabels.teacher.capture import capture
+from softlabels.teacher.capture import Progress, Sharing, capture
 from tests.faults import proxy as p
 from tests.faults.record import record, scaled
 from tests.plans import make_plan
@@ -213,6 +214,32 @@ def test_a_store_that_goes_down_ends_the_command_with_75_and_nothing_is_lost(
         f"row{i:05d}" for i in range(60)
     ]
     print(line, f"after {seconds:.1f} s")
+
+
+def test_a_worker_with_a_claim_gives_up_as_soon(
+    s3: S3, front: p.Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_source(tmp_path / "src" / "a.parquet", 0, 20)
+    spec = make_spec(tmp_path, table=s3.url("table"), shard_rows=5)
+    monkeypatch.setenv("SOFTLABELS_PATIENCE", "6")
+    monkeypatch.setattr(claims, "GIVE_UP_SECONDS", 0.5)
+    down: list[float] = []
+
+    def committed(unit: str, version: int) -> None:
+        front.set(down=600)
+        down.append(time.monotonic())
+
+    with pytest.raises(TryAgainError, match=r"SOFTLABELS_PATIENCE.* 6"):
+        capture(spec, Progress(committed=committed), Sharing(claim=True))
+    seconds = time.monotonic() - down[0]
+    assert seconds < 10, "it is not patient once more to give up its claim"
+    front.set()
+    assert Table.open(spec.table).num_rows == 5
+
+
+def test_less_than_a_minute_after_the_last_answer_a_command_has_given_up() -> None:
+    longest = options.PATIENCE_SECONDS + options.TIMEOUT_SECONDS + claims.GIVE_UP_SECONDS
+    assert longest <= 60
 
 
 def test_storage_that_is_away_for_a_while_is_waited_for(

@@ -13,6 +13,7 @@ from pipelines.nightly import night as nightly
 from pipelines.nightly import run
 from pipelines.nightly.make_days import write_day
 from pipelines.nightly.night import DamagedError, run_night, version_of
+from softlabels.cli.main import app as softlabels
 from softlabels.errors import (
     BadInputError,
     DataError,
@@ -20,11 +21,13 @@ from softlabels.errors import (
     TryAgainError,
 )
 from softlabels.plan import Plan
+from softlabels.query.takedown import Request, take_down
 from softlabels.storage import open_root
 from softlabels.store import tags
 from softlabels.store.inspect import verify
 from softlabels.store.rollback import rollback
 from softlabels.store.table import Table
+from softlabels.store.vacuum import Keep, vacuum
 from softlabels.teacher.capture import capture
 from tests.pipelines.nights import AGAIN, DAYS, ROWS, Place, make_place
 from tests.servers import S3
@@ -135,7 +138,7 @@ def test_a_flipped_byte_blocks_the_tag(place: Place) -> None:
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(DamagedError, match=f"no tag '{DAYS[0]}', verify found 1 problems") as found:
+    with pytest.raises(DamagedError, match=f"no tag '{DAYS[0]}', verify found 1 problem:") as found:
         run_night(night)
     assert found.value.exit_code == 1
     assert "sha256" in found.value.report["problems"][0]
@@ -218,6 +221,65 @@ def test_a_day_that_was_rolled_back_before_its_tag_is_refused(place: Place) -> N
     rollback(Table.open(f"{place.table}@{DAYS[0]}"))
     with pytest.raises(MismatchError, match=r"95 rows of this run.*rollback at version 5"):
         run_night(night)
+
+
+def test_a_day_after_a_rollback_is_not_made_without_the_rows_of_days_before(place: Place) -> None:
+    run_night(place.night(DAYS[0]))
+    run_night(place.night(DAYS[1]))
+    rollback(Table.open(f"{place.table}@{DAYS[0]}"))
+    with pytest.raises(DataError, match=rf"95 examples of .*@{DAYS[1]} went by the rollback at"):
+        run_night(place.night(DAYS[2]))
+    assert DAYS[2] not in tags.tag_names(Table.open(place.table).root)
+    rollback(Table.open(f"{place.table}@{DAYS[1]}"))
+    assert run_night(place.night(DAYS[2])).made
+
+
+def test_a_day_that_is_done_late_says_that_its_tag_holds_later_days(place: Place) -> None:
+    for day in (DAYS[0], DAYS[2]):
+        run_night(place.night(day))
+    lines: list[str] = []
+    run_night(place.night(DAYS[1]), lines.append)
+    assert any(f"{DAYS[1]}: done after {DAYS[2]}, whose rows" in line for line in lines)
+
+
+def test_a_deleted_row_does_not_come_back_with_a_day_s_tag(place: Place) -> None:
+    first = run_night(place.night(DAYS[0]))
+    run_night(place.night(DAYS[1]))
+    table = Table.open(f"{place.table}@{DAYS[0]}")
+    gone = next(table.batches(["example_id"]))["example_id"][0].as_py()
+    takedown = take_down(table, Request(ids=frozenset([gone])))
+    assert takedown.holders is not None
+    tags.delete_tags(table.root, [tag.name for tag in takedown.holders.tags])
+    place.plan(DAYS[0]).unlink()
+    lines: list[str] = []
+    again = run_night(place.night(DAYS[0]), lines.append)
+    assert (first.version, again.version) == (2, takedown.version)
+    tagged = Table.open(f"{place.table}@{DAYS[0]}")
+    kept = {name for b in tagged.batches(["example_id"]) for name in b["example_id"].to_pylist()}
+    assert gone not in kept
+    assert (len(kept), again.plan_rows) == (2 * ROWS - AGAIN - 1, 3 * ROWS - AGAIN - 2)
+    assert any(
+        f"versions before {again.version} hold rows that were deleted" in line for line in lines
+    )
+    # Nor where the version is gone for good.
+    vacuum(tagged, Keep(retention=0))
+    tags.delete_tags(table.root, [*tags.tag_names(table.root)])
+    assert run_night(place.night(DAYS[0])).version == takedown.version
+
+
+def test_a_night_s_labels_can_be_asked_for_again(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_night(place.night(DAYS[0]))
+    asked = ["verify", f"{place.table}@{DAYS[0]}", "--json", "--rows", "32"]
+    asked += ["--rescore", str(place.folder / "capture.yaml")]
+    files = f"source.files={place.partition(DAYS[0])}/*.parquet"
+    softlabels([*asked, "--set", files], standalone_mode=False)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["problems"], found["rescore"]["problems"]) == ([], [])
+    assert found["rescore"]["positions"] > 0
+    with pytest.raises(BadInputError, match=r"no file matches.*\{date\}"):
+        softlabels(asked, standalone_mode=False)
 
 
 @pytest.mark.slow

@@ -18,8 +18,12 @@ from softlabels.query import view
 from softlabels.query.mix import mix, pin
 from softlabels.query.recipe import Recipe, Source
 from softlabels.query.selection import lowest
+from softlabels.query.takedown import Request, take_down
 from softlabels.store import tags
+from softlabels.store.compact import compact
+from softlabels.store.rollback import rollback
 from softlabels.store.table import Table
+from softlabels.store.vacuum import Keep, vacuum
 from tests.query.sequences import make_sequences
 from tests.tables import dense_logprobs, make_table
 
@@ -322,6 +326,28 @@ def test_pin_tags_every_version_and_may_be_repeated(tmp_path: Path) -> None:
     assert pin(plan) == pin(plan) == [f"{table.root.uri}@{name}"]
     assert tags.read_tag(table.root, name).version == 1
     assert one(Table.open(table.root.uri)).fingerprint == plan.fingerprint
+
+
+def test_pin_keeps_the_plans_own_files_though_another_version_holds_the_same(
+    tmp_path: Path,
+) -> None:
+    gone = Request(where="example_id = 'x00007'")
+    first = make_table(tmp_path / "t", rows=50)
+    uri = first.root.uri
+    take_down(first, gone)
+    former = one(Table.open(uri))
+    pin(former)
+    rollback(Table.open(f"{uri}@1"), deletions="bring back")
+    take_down(Table.open(uri), gone)
+    plan = one(Table.open(uri))
+    assert plan.fingerprint == former.fingerprint
+    (pinned,) = pin(plan)
+    assert pinned == pin(plan)[0] == f"{uri}@plan-{plan.fingerprint[:16]}-4"
+    compact(Table.open(uri))
+    vacuum(Table.open(uri), Keep(retention=0.0))
+    for kept in (former, plan):
+        for name, table in kept.tables.items():
+            assert all((tmp_path / "t" / file.path).exists() for file in table.files), name
 
 
 def test_mixing_far_tables_gives_the_same_plan(

@@ -84,6 +84,22 @@ def test_the_same_plan_reads_the_copy(tmp_path: Path) -> None:
     assert mix(again).fingerprint == plan.fingerprint
 
 
+def test_the_same_rows_in_other_files_are_a_version_of_the_copy_too(tmp_path: Path) -> None:
+    uri, copy = make_table(tmp_path / "t", rows=60).root.uri, str(tmp_path / "copy")
+    gone = Request(where="example_id = 'x00007'")
+    take_down(Table.open(uri), gone)
+    publish(Table.open(uri), copy)
+    rollback(Table.open(f"{uri}@1"), deletions="bring back")
+    take_down(Table.open(uri), gone)
+    again = publish(Table.open(uri), copy)
+    source, there = Table.open(uri), Table.open(copy)
+    assert (again.new, again.version) == (True, 2)
+    assert there.snapshot_digest == Table.open(f"{copy}@1").snapshot_digest
+    assert there.files == source.files  # what is not in the log, vacuum would remove
+    assert publish(source, copy).new is False
+    assert verify(there)["problems"] == []
+
+
 def test_a_version_without_rows_is_published(tmp_path: Path) -> None:
     table = add_run(empty(tmp_path / "t"), "a", [5])
     take_down(table, Request(where="true"))

@@ -6,9 +6,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from softlabels.errors import BadInputError, MismatchError, StorageError, TryAgainError
+from softlabels.errors import (
+    BadInputError,
+    IntegrityError,
+    MismatchError,
+    StorageError,
+    TryAgainError,
+)
 from softlabels.lineage import Calibration
+from softlabels.query.takedown import Request, take_down
 from softlabels.store import closed, tags
+from softlabels.store.compact import compact
 from softlabels.store.inspect import verify
 from softlabels.store.log import log_lines
 from softlabels.store.rollback import plan_rollback, rollback
@@ -215,6 +223,78 @@ def test_where_columns_change_rows_that_are_added_meanwhile_go(
     found = rollback(opened(home, 1))
     assert (found.from_version, found.version, found.rows_after) == (5, 6, 60)
     assert opened(home).snapshot_digest == opened(home, 1).snapshot_digest
+
+
+@pytest.fixture
+def deleted_from(tmp_path: Path) -> Path:
+    """Version 1 has 60 rows in 3 files; 2 is without 3 of the first file and all of the second."""
+    table = make_table(tmp_path / "d", rows=60, shard_rows=20)
+    gone = [f"x{n:05d}" for n in (3, 4, 5, *range(20, 40))]
+    take_down(table, Request(ids=frozenset(gone)))
+    return tmp_path / "d"
+
+
+def test_deleted_rows_do_not_come_back_unless_told(deleted_from: Path) -> None:
+    for attempt in (rollback, plan_rollback):
+        with pytest.raises(BadInputError, match=r"would bring back 23 deleted rows: add --keep-"):
+            attempt(opened(deleted_from, 1))
+    assert opened(deleted_from).version == 2
+    assert tags.tag_names(opened(deleted_from).root) == []
+    assert rollback(opened(deleted_from, 0)).rows_after == 0, "it holds none"
+    found = rollback(opened(deleted_from, 1), deletions="bring back")
+    assert (found.deleted_rows, found.rows_after) == (23, 60)
+    assert rows_of(opened(deleted_from)) == rows_of(opened(deleted_from, 1))
+    # They are there again: nothing more comes back with another version that has them.
+    compact(opened(deleted_from))
+    assert rollback(opened(deleted_from, 1)).deleted_rows == 0
+    assert rollback(opened(deleted_from, 2)).rows_after == 37
+
+
+def test_a_version_comes_back_without_what_was_deleted(deleted_from: Path) -> None:
+    whole, less = opened(deleted_from, 1), opened(deleted_from, 2)
+    rollback(opened(deleted_from, 0))
+    planned = plan_rollback(whole, "keep")
+    assert opened(deleted_from).version == 3
+    found = rollback(whole, deletions="keep")
+    assert (planned.rows_after, planned.rewritten, planned.added) == (37, 1, found.added)
+    assert (found.version, found.rows_after, found.deleted_rows) == (4, 37, 23)
+    assert [file.path for file in found.added] == [whole.files[2].path]
+    newest = opened(deleted_from)
+    assert rows_of(newest) == rows_of(less)
+    assert newest.snapshot_digest == less.snapshot_digest
+    assert verify(newest)["problems"] == []
+    said = newest.history()[0]["change"].arguments
+    assert said == {"to_version": 1, "deletions": "keep", "deleted_rows": 23}
+    again = rollback(opened(deleted_from, 1), deletions="keep")
+    assert (again.same, again.version, opened(deleted_from).version) == (True, 4, 4)
+    assert plan_rollback(opened(deleted_from, 1), "keep").same
+    assert tags.tag_names(newest.root) == []
+
+
+def test_what_a_delete_left_is_not_written_again(deleted_from: Path) -> None:
+    table = opened(deleted_from)
+    unit = stored(table, slice(0, 5))
+    table.commit([unit], make_lineage(RUN, [unit.key], 5))
+    before = {file.path for file in opened(deleted_from, 2).files}
+    found = rollback(opened(deleted_from, 1), deletions="keep")
+    assert (len(found.added), found.rewritten, len(found.removed)) == (0, 0, 1)
+    assert {file.path for file in opened(deleted_from).files} == before
+
+
+def test_rows_that_may_be_labelled_again_are_not_held_for_deleted(tmp_path: Path) -> None:
+    table = make_table(tmp_path / "t", rows=60)
+    take_down(table, Request(where="label = 5", allow_again=True))
+    assert rollback(opened(tmp_path / "t", 1)).rows_after == 60
+
+
+def test_a_damaged_file_does_not_come_back_under_a_new_checksum(deleted_from: Path) -> None:
+    file = deleted_from / opened(deleted_from, 1).files[0].path
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(IntegrityError):
+        rollback(opened(deleted_from, 1), deletions="keep")
+    assert opened(deleted_from).version == 2
 
 
 def test_the_log_tells_what_was_done(home: Path) -> None:

@@ -1,11 +1,12 @@
 """Records of runs: written once, kept whole, and which of them are not finished."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from softlabels.errors import IntegrityError, TryAgainError
-from softlabels.storage import open_root
+from softlabels.storage import Root, open_root
 from softlabels.store.runs import FOLDER, RunRecord, open_runs, record_run, run_records
 from softlabels.store.table import Table
 from softlabels.teacher.capture import capture
@@ -79,3 +80,36 @@ def test_a_capture_that_has_nothing_to_do_writes_nothing(tmp_path: Path) -> None
     before = {path: path.stat().st_mtime_ns for path in Path(spec.table).rglob("*")}
     capture(spec)
     assert {path: path.stat().st_mtime_ns for path in Path(spec.table).rglob("*")} == before
+
+
+def test_each_record_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = open_root(tmp_path)
+    for number in range(20):
+        record_run(root, make_record(f"{number:064x}"))
+    read: list[str] = []
+    real = Root.read
+
+    def counting(self: Root, path: str) -> bytes:
+        read.append(path)
+        return real(self, path)
+
+    monkeypatch.setattr(Root, "read", counting)
+    assert len(run_records(root)) == 20
+    assert len(read) == 20
+    record_run(root, make_record("a" * 64))
+    assert len(run_records(root)) == 21
+    assert len(read) == 21
+    root.delete(f"{FOLDER}/{'a' * 64}.json")
+    assert len(run_records(root)) == 20
+    assert len(read) == 21
+
+
+def test_a_record_that_changes_is_read_again(tmp_path: Path) -> None:
+    root = open_root(tmp_path)
+    record_run(root, make_record())
+    assert run_records(root) == [make_record()]
+    path = tmp_path / FOLDER / f"{'a' * 64}.json"
+    path.write_bytes(path.read_bytes().replace(b'"units":2', b'"units":3'))
+    os.utime(path, (1, 1))
+    with pytest.raises(IntegrityError, match="damaged"):
+        run_records(root)

@@ -29,6 +29,7 @@ from softlabels.store.shards import (
     to_float16_precision,
 )
 from softlabels.targets import SoftTargets
+from tests.faults import parquets
 from tests.tables import dense_logprobs, make_targets
 
 PROFILES: tuple[Profile, ...] = ("compact", "precise")
@@ -315,3 +316,10 @@ def test_a_row_group_also_ends_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> 
     split = open_shard(made_shard(rows=40)[0].data, "s")
     assert split.num_row_groups > whole.num_row_groups == 1
     assert split.read().equals(whole.read())
+
+
+@pytest.mark.parametrize("what", ["a chunk without a description", "fewer chunks than columns"])
+def test_bytes_of_columns_that_the_footer_lacks_are_refused(what: str) -> None:
+    opened = open_shard(parquets.lies()[what], "s")
+    with pytest.raises(IntegrityError, match="row group 0"):
+        shards.bytes_by_column(opened)

@@ -213,6 +213,98 @@ def test_an_open_run_keeps_what_it_has_stored_however_old(home: Path) -> None:
     assert {o.path for o in plan_vacuum(opened(home), Keep()).doomed} == {again.path, extra.path}
 
 
+def silent_run(home: Path) -> list[UnitShard]:
+    """Two units of a run that has committed the first, and was killed 40 days ago."""
+    table = opened(home)
+    record = RunRecord(run_id=RUN, units=3, rows=9, spec={}, source={}, started_at="2026-01-01")
+    record_run(table.root, record)
+    units = [stored(table, slice(n, n + 1), RUN, n) for n in range(2)]
+    table.latest().commit(units[:1], make_lineage(RUN, [units[0].key], 1))
+    claim = f"_softlabels/claims/{RUN[:16]}/{RUN[:16]}-000001.json"
+    table.root.write(claim, b"{}")
+    age(home, 40, "data/*")
+    age(home, 40, "_softlabels/*/**/*")
+    return units
+
+
+def test_a_run_that_is_silent_for_long_is_taken_for_dead_where_that_is_asked_for(
+    home: Path,
+) -> None:
+    units = silent_run(home)
+    found = plan_vacuum(opened(home), Keep())
+    assert found.doomed == ()
+    assert found.notes == (
+        f"the unfinished run {RUN[:16]} has no sign of life for 40.0 days; uncommitted, kept "
+        "for it: 1 file",
+    )
+    assert plan_vacuum(opened(home), Keep(abandoned=41 * DAY)).doomed == ()
+    keep = Keep(abandoned=39 * DAY)
+    said = plan_vacuum(opened(home), keep)
+    claim = f"_softlabels/claims/{RUN[:16]}/{RUN[:16]}-000001.json"
+    assert [one.path for one in said.doomed] == [claim, units[1].path]
+    assert f"run {RUN[:16]} has no sign of life for 40.0 days and is taken" in said.notes[0]
+    before = opened(home)
+    assert vacuum(before, keep).doomed == said.doomed
+    assert opened(home).snapshot_digest == before.snapshot_digest
+    assert opened(home).committed(units[0].key)
+    assert all((home / file.path).exists() for file in before.files)
+    (record,) = closed.vacuum_records(before.root)
+    assert record.settings["abandoned"] == 39 * DAY
+
+
+@pytest.mark.parametrize("sign", ["claim", "file", "start"])
+def test_any_sign_of_life_keeps_what_a_run_has_stored(home: Path, sign: str) -> None:
+    silent_run(home)
+    table = opened(home)
+    if sign == "claim":
+        table.root.write(f"_softlabels/claims/{RUN[:16]}/{RUN[:16]}-000002.json", b"{}")
+    elif sign == "file":
+        stored(table, slice(0, 2), RUN, 2)
+    else:
+        os.utime(home / "_softlabels" / "runs" / f"{RUN}.json")
+    assert plan_vacuum(table, Keep(abandoned=DAY)).doomed == ()
+
+
+def test_a_run_that_comes_back_while_vacuum_works_keeps_what_it_stores(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = silent_run(home)
+    made: list[UnitShard] = []
+    table = opened(home)
+    between(monkeypatch, lambda: made.append(stored(table, slice(0, 2), RUN, 2)), "after")
+    assert vacuum(table, Keep(abandoned=39 * DAY)).doomed == ()
+    assert (home / str(units[1].path)).exists()
+    assert (home / str(made[0].path)).exists()
+
+
+def test_a_record_without_a_checksum_closes_only_what_has_lost_files(home: Path) -> None:
+    table = opened(home)
+    tags.make_tag(table.root, "v2", 2, opened(home, 2).snapshot_digest)
+    for ended in (None, "2026-01-01T00:00:00+00:00"):
+        record = closed.VacuumRecord(
+            vacuum_id="a" * 32, began_at="2026-01-01", ended_at=ended, version=3, closed=((1, 2),)
+        )
+        table.root.write(f"{closed.FOLDER}/{'a' * 32}.json", record.model_dump_json().encode())
+        assert plan_vacuum(table, Keep()).doomed == (), "versions 1 and 2 are young and whole"
+    with pytest.raises(BadInputError, match="was vacuumed"):
+        opened(home, 1)
+
+
+def test_every_flipped_bit_of_a_record_is_seen(home: Path) -> None:
+    root = opened(home).root
+    vacuum(opened(home), NOTHING)
+    (record,) = closed.vacuum_records(root)
+    assert record.sealed
+    path = f"{closed.FOLDER}/{record.vacuum_id}.json"
+    whole = root.read(path)
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        root.write(path, bytes(flipped))
+        with pytest.raises(IntegrityError, match=r"vacuum record .* is damaged: restore it"):
+            closed.read_record(root, record.vacuum_id)
+
+
 def test_leftovers_of_its_own_go_and_nothing_else_does(home: Path, tmp_path: Path) -> None:
     table = opened(home)
     mine = [

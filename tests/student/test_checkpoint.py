@@ -95,6 +95,14 @@ def test_newer_format_is_refused(tmp_path: Path) -> None:
         checkpoint.load(path.parent)
 
 
+def test_an_infinite_format_version_is_damage(tmp_path: Path) -> None:
+    path = save(tmp_path, 5) / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"format_version": float("inf")}))
+    with pytest.raises(IntegrityError, match="is damaged"):
+        checkpoint.load(path.parent)
+
+
 def test_nan_state_and_unwritable_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         checkpoint.save(tmp_path / "c", 1, TENSORS, {}, {"loss": float("nan")}, 1)

@@ -112,7 +112,8 @@ def test_more_files_than_may_be_open_are_read(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) <= before + MOST_OPEN
     del held
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    # Others' garbage may go with it.
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_memory_is_used_again_when_its_last_view_is_gone() -> None:

@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from softlabels.errors import DataError, MismatchError, TryAgainError
+from softlabels.query.takedown import Request, take_down
+from softlabels.store.compact import compact
 from softlabels.store.inspect import verify
+from softlabels.store.publish import publish
 from softlabels.store.table import Table
 from softlabels.teacher.capture import Progress, capture
 from softlabels.teacher.estimate import estimate
@@ -146,6 +149,47 @@ def test_new_source_files_make_a_run_of_the_absent_rows(folder: Path) -> None:
     # The old files alone are the first run again.
     (folder / "src" / "c.parquet").unlink()
     assert capture(spec).committed == 0
+
+
+@pytest.mark.parametrize("order", ["compact delete", "delete compact", "delete", "publish"])
+def test_rows_that_are_gone_do_not_count_as_there_before(folder: Path, order: str) -> None:
+    spec = make_spec(folder)
+    capture(spec)
+    for what in order.split():
+        table = Table.open(spec.table)
+        if what == "compact":
+            assert compact(table).made == 1
+        elif what == "delete":
+            assert take_down(table, Request(ids=frozenset(ids(3, 4)))).rows == 1
+        else:
+            spec = make_spec(folder, table=str(folder / "copy"))
+            publish(table, spec.table)
+    report = capture(spec)
+    there = Table.open(spec.table).num_rows
+    assert (report.rows, report.already) == (0, there)
+    write_source(folder / "src" / "c.parquet", 100, 130)
+    report = capture(spec)
+    assert (report.rows, report.already, report.deleted) == (30, there, 100 - there)
+
+
+def test_what_is_left_is_not_counted_anew_for_each_unit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    real = Table.committed
+
+    def committed(table: Table, key: str) -> bool:
+        asked.append(key)
+        return real(table, key)
+
+    monkeypatch.setattr(Table, "committed", committed)
+    left: list[int] = []
+    report = capture(
+        make_spec(folder, shard_rows=2), Progress(reported=lambda r: left.append(r.left))
+    )
+    assert report.committed == 50
+    assert sorted({*left}, reverse=True) == list(range(50, -1, -1))
+    assert len(asked) < 12 * 50
 
 
 def test_batch_size_may_change_under_way(folder: Path) -> None:

@@ -15,6 +15,7 @@ from softlabels.store.claims import Claims, claim_path, claimed_units
 from softlabels.store.compact import compact
 from softlabels.store.deleted import example_keys, record_deleted
 from softlabels.store.inspect import verify
+from softlabels.store.publish import publish
 from softlabels.store.rollback import rollback
 from softlabels.store.table import Table, TableFile
 from softlabels.teacher.capture import Progress, Report, Sharing, capture
@@ -43,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
         (("1/2", True, True, 60.0), "not both"),
         ((None, True, True, 0.5), "lease 0.5"),
         ((None, True, True, float("nan")), "lease nan"),
-        ((None, False, False, 60.0), "goes with claim"),
+        ((None, False, False, 60.0), "goes with claims"),
     ],
 )
 def test_what_cannot_be_meant(arguments: tuple[str | None, bool, bool, float], words: str) -> None:
@@ -310,6 +311,21 @@ def test_a_compacted_table_is_known_to_hold_the_run(folder: Path) -> None:
     more = capture(make_spec(folder, shard_rows=10))
     assert (more.rows, more.already) == (30, 100)
     assert stored(spec.table, ["example_id"])["example_id"] == ids(0, 130)
+
+
+def test_a_published_copy_is_known_to_hold_the_run(folder: Path) -> None:
+    spec = make_spec(folder, shard_rows=10)
+    with pytest.raises(TryAgainError):
+        capture(spec, stop_after(50))
+    copy = str(folder / "copy")
+    publish(Table.open(spec.table), copy)
+    before = Table.open(copy).num_rows
+    assert 0 < before < 100
+    report = capture(make_spec(folder, shard_rows=10, table=copy))
+    assert (report.rows, report.missing) == (100 - before, 0)
+    assert sorted(stored(copy, ["example_id"])["example_id"]) == ids(0, 100)
+    assert verify(Table.open(copy))["problems"] == []
+    assert capture(make_spec(folder, shard_rows=10, table=copy)).rows == 0
 
 
 def test_each_file_of_another_run_is_looked_at_once(
