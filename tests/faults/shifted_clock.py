@@ -6,9 +6,9 @@ Reads a command a line, JSON: shifts, arguments, and out, a file; prints its pro
 command says goes to out and out.err, its exit code to out.code. Everything heavy is imported once;
 each command is a process forked before any of it is used.
 
-shifts: [[0, 18000]]: five hours ahead; [[0, 0], [1.5, -86400]]: right at first, a day behind from
-1.5 seconds after the start. Only the time of day that Python asks for is shifted; waiting goes by
-another clock.
+shifts: [[0, 18000]]: five hours ahead; [[0, 0], ["a/b", -86400]]: right at first, a day behind from
+when the file a/b is there (a number: seconds after the start). Only the time of day that Python
+asks for is shifted; waiting goes by another clock.
 """
 
 import importlib
@@ -27,13 +27,17 @@ from softlabels.cli.main import main as command
 _time, _time_ns = time.time, time.time_ns
 
 
-def shift_clocks(shifts: Sequence[tuple[float, float]]) -> None:
+def shift_clocks(shifts: Sequence[tuple[float | str, float]]) -> None:
     """Shifts all clocks of this process from now on."""
     began = time.monotonic()
 
+    def reached(since: float | str) -> bool:
+        if isinstance(since, str):
+            return os.path.exists(since)
+        return since <= time.monotonic() - began
+
     def shift() -> float:
-        gone = time.monotonic() - began
-        return [shift for since, shift in shifts if since <= gone][-1]
+        return [shift for since, shift in shifts if reached(since)][-1]
 
     class Shifted(datetime):
         @classmethod

@@ -26,7 +26,7 @@ from tests.teacher.jobs import TOYS, settings, stored, write_source
 
 ROOT = Path(__file__).parents[2]
 HOUR, DAY = 3_600, 86_400
-Shifts = list[tuple[float, float]]
+Shifts = list[tuple[float | str, float]]
 AHEAD: Shifts = [(0, 5 * HOUR)]
 BEHIND: Shifts = [(0, -7 * HOUR)]
 
@@ -113,7 +113,8 @@ def test_a_clock_that_jumps_back_by_a_day(
     tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job(tmp_path, 0.1, 100, 5)
-    jump: Shifts = [(0, 0), (0.8, -DAY)]
+    fifth = tmp_path / "table/_delta_log" / f"{5:020d}.json"
+    jump: Shifts = [(0, 0), (str(fifth), -DAY)]
     report = commands.reported(commands.start(jump, "capture", job, "--claim"))
     assert (report["rows"], report["committed"]) == (100, 20)
     table = check(tmp_path, 100)
