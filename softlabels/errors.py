@@ -11,9 +11,15 @@ _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u
 
 
 class SoftLabelsError(Exception):
-    """A failure that trying again will not mend."""
+    """A failure that trying again will not mend.
+
+    Attributes:
+        exit_code: what the command line ends with.
+        told_elsewhere: another process of the same command says it on the terminal.
+    """
 
     exit_code = 1
+    told_elsewhere = False
 
 
 class BadInputError(SoftLabelsError):

@@ -55,6 +55,18 @@ class TeacherLineage(_Frozen):
         return sha256_json(json.loads(json.dumps(found)))  # as JSON keys sort: 10 before 2
 
 
+class Augmentation(_Frozen):
+    """What augmented views of rows went through before a teacher saw them.
+
+    Attributes:
+        function: its name in its file.
+        code_sha256: of that source file, where there is one.
+    """
+
+    function: str
+    code_sha256: str | None = None
+
+
 class Recorded(_Frozen):
     """How log-probabilities were recorded that no teacher of ours has computed.
 
@@ -128,7 +140,7 @@ class Calibration(_Frozen):
     ece_after: float | None = None
 
 
-_LATER = ("parents", "calibration")
+_LATER = ("parents", "calibration", "augment")
 """Fields that were added when tables were there already: they are written only where they are set,
 so that what is stored of other tables, and made from it, stays the same bytes."""
 
@@ -157,6 +169,7 @@ class Contents(_Frozen):
         recorded: of an import, how its values came about.
         parents: of an ensemble's table, the versions that it mixes.
         calibration: of a table that was calibrated, what was done to the teacher's labels.
+        augment: what rows with a view above 0 went through; their view_params is its seed.
     """
 
     teacher: TeacherLineage
@@ -177,6 +190,7 @@ class Contents(_Frozen):
     recorded: Recorded | None = None
     parents: tuple[Parent, ...] = ()
     calibration: Calibration | None = None
+    augment: Augmentation | None = None
 
     @model_serializer(mode="wrap")
     def _without_later(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:

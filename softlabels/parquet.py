@@ -9,16 +9,17 @@ Source: apache/parquet-format, src/main/thrift/parquet.thrift.
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from softlabels import delta
 from softlabels.errors import IntegrityError
+from softlabels.pages import MOST_BYTES, MOST_RATIO, Chunk, Pages, read_pages, require_bounded
 from softlabels.thrift import Compact, Wanted
 
 MOST_FOOTER_BYTES = 16 << 20
@@ -32,18 +33,11 @@ _COUNTED_FOOTER_BYTES = 1 << 20
 
 MOST_COLUMNS = 10_000
 
-MOST_BYTES = 256 << 20
-MOST_RATIO = 32
-"""What is decoded at once takes at most MOST_BYTES, or MOST_RATIO times its stored bytes."""
-
 MOST_TEXT = 4 << 30
 """Bytes of one column's text in a row group, however few are stored; MOST_RATIO counts too."""
 
 MOST_ROWS = 16_000_000
 """Of a file, however few bytes it has; MOST_RATIO counts too."""
-
-MOST_PAGES = 100_000
-"""Of a column chunk."""
 
 UNREADABLE = (
     pa.ArrowException,
@@ -62,56 +56,10 @@ _TEXT = 6
 
 _CHUNK: Wanted = dict.fromkeys((1, 3, 4, 5, 7, 9, 11))
 _FOOTER: Wanted = {4: {1: {3: _CHUNK}}}
-_PAGE: Wanted = {2: None, 3: None, 7: {1: None}, **delta.WANTED}
-_DICTIONARY_PAGE, _DATA_PAGES = 7, (5, 8)
-_PAGE_STRUCTS = 100
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """One column of a row group, as the footer has it.
-
-    Attributes:
-        index: of the leaf among all.
-        path: of the leaf, with dots.
-        kind: physical type, by Parquet's number.
-        codec: by Parquet's number.
-        values: nulls and empty lists included.
-        start: where its first page is.
-        stored: bytes in the file.
-    """
-
-    index: int
-    path: str
-    kind: int
-    codec: int
-    values: int
-    start: int
-    stored: int
-
-    @property
-    def column(self) -> str:
-        """The top-level column."""
-        return self.path.partition(".")[0]
-
-
-@dataclass(frozen=True)
-class Pages:
-    """What the page headers of a column chunk say.
-
-    Attributes:
-        size: bytes of all pages, unpacked.
-        values: of all data pages, nulls and empty lists included.
-        largest: bytes of the largest page, unpacked.
-        heaviest: bytes a value of the page where that is most.
-        dictionary: bytes of the dictionary, unpacked; 0: none.
-    """
-
-    size: int
-    values: int
-    largest: int
-    heaviest: int
-    dictionary: int
+Layout = list[tuple[tuple[str, ...], npt.NDArray[np.int64] | None]]
+"""Of each row group the paths of its columns and, int64 [columns, 5], what `Chunk` says of them."""
 
 
 class Parquet(pq.ParquetFile):  # type: ignore[misc]
@@ -120,6 +68,7 @@ class Parquet(pq.ParquetFile):  # type: ignore[misc]
     Args:
         data: the whole file; what is not read may hold anything.
         footer_bytes: the largest footer that is parsed.
+        layout: that of a file with the same footer; else it is found when it is needed.
         options: of `pq.ParquetFile`.
 
     Raises:
@@ -127,8 +76,14 @@ class Parquet(pq.ParquetFile):  # type: ignore[misc]
     """
 
     def __init__(
-        self, data: pa.Buffer, footer_bytes: int = MOST_FOOTER_BYTES, **options: Any
+        self,
+        data: pa.Buffer,
+        footer_bytes: int = MOST_FOOTER_BYTES,
+        layout: "Layout | None" = None,
+        **options: Any,
     ) -> None:
+        if layout is not None:
+            self.layout = layout
         self._data = data
         self._view = memoryview(data)
         self._options = options
@@ -156,17 +111,18 @@ class Parquet(pq.ParquetFile):  # type: ignore[misc]
         Raises:
             IntegrityError: the footer does not describe them.
         """
-        try:
-            found = [_chunk(*one) for one in enumerate(self._row_groups[group][1])]
-        except (LookupError, TypeError, ValueError) as error:
-            raise IntegrityError(f"row group {group} is not described in the footer") from error
-        if any(not 0 <= c.start <= c.start + c.stored <= len(self._view) for c in found):
+        paths, numbers = self.layout[group] if group < len(self.layout) else ((), None)
+        if numbers is None:
+            raise IntegrityError(f"row group {group} is not described in the footer")
+        starts, stored = numbers[:, 3], numbers[:, 4]
+        if ((starts < 0) | (stored < 0) | (starts > len(self._view) - stored)).any():
             raise IntegrityError(f"row group {group} has columns outside of the file")
-        if len(found) != self.metadata.num_columns:
+        if len(paths) != self.metadata.num_columns:
             raise IntegrityError(
-                f"row group {group} has {len(found)} columns, the schema "
+                f"row group {group} has {len(paths)} columns, the schema "
                 f"{self.metadata.num_columns}"
             )
+        found = (Chunk(i, path, *numbers[i].tolist()) for i, path in enumerate(paths))
         return [chunk for chunk in found if columns is None or chunk.column in columns]
 
     def check(self, groups: Sequence[int], columns: Sequence[str] | None = None) -> None:
@@ -184,7 +140,7 @@ class Parquet(pq.ParquetFile):  # type: ignore[misc]
                     self._sizes[key] = self._decoded(group, chunk)
                 size += self._sizes[key]
                 stored += chunk.stored
-            _require(size, stored, f"row group {group}")
+            require_bounded(size, stored, f"row group {group}")
 
     def rows_at_once(
         self, groups: Sequence[int], columns: Sequence[str], rows: int, size: int
@@ -201,10 +157,10 @@ class Parquet(pq.ParquetFile):  # type: ignore[misc]
                 pages = self._pages(group, chunk)
                 where = f"column {chunk.path!r} of row group {group}"
                 if self.schema.column(chunk.index).max_repetition_level:
-                    _require(self._decoded(group, chunk), chunk.stored, where)
+                    require_bounded(self._decoded(group, chunk), chunk.stored, where)
                     row += pages.size // max(1, self.metadata.row_group(group).num_rows)
                 else:
-                    _require(pages.largest, chunk.stored, where)
+                    require_bounded(pages.largest, chunk.stored, where)
                     row += max(pages.heaviest, self._width(chunk))
                 if pages.dictionary > size // rows and chunk.kind == _TEXT:
                     longest += self._longest(group, chunk, pages)
@@ -212,14 +168,16 @@ class Parquet(pq.ParquetFile):  # type: ignore[misc]
         return max(1, most)
 
     @cached_property
-    def _row_groups(self) -> list[dict[int, Any]]:
-        return list(_parse_footer(self.footer, _FOOTER).get(4, ()))
+    def layout(self) -> "Layout":
+        """Where the columns of each row group are; costs 300 µs a row group."""
+        known: dict[tuple[str, ...], tuple[str, ...]] = {}
+        return [_described(one, known) for one in _parse_footer(self.footer, _FOOTER).get(4, ())]
 
     def _pages(self, group: int, chunk: Chunk) -> Pages:
         try:
             leaf = self.schema.column(chunk.index)
             levels = (leaf.max_definition_level > 0) + (leaf.max_repetition_level > 0)
-            return _read_pages(self._view, chunk, levels)
+            return read_pages(self._view, chunk, levels)
         except (LookupError, RecursionError) as error:
             raise IntegrityError(
                 f"the pages of column {chunk.path!r} in row group {group} are damaged"
@@ -240,7 +198,7 @@ class Parquet(pq.ParquetFile):  # type: ignore[misc]
             # As if every value were as long as the dictionary; where that is too much, as it is.
             if size + values * pages.dictionary <= MOST_BYTES:
                 return size + values * pages.dictionary
-            _require(size, chunk.stored, f"row group {group}")
+            require_bounded(size, chunk.stored, f"row group {group}")
             return size + self._text_bytes(group, chunk.path)
         return size
 
@@ -274,7 +232,7 @@ class Parquet(pq.ParquetFile):  # type: ignore[misc]
         longest = int(pc.max(_lengths(texts)).as_py() or 0)
         if longest * pages.values > MOST_TEXT:
             found = self._text_bytes(group, path)
-            _require(found, chunk.stored, f"column {path!r} of row group {group}", MOST_TEXT)
+            require_bounded(found, chunk.stored, f"column {path!r} of row group {group}", MOST_TEXT)
         return longest
 
 
@@ -293,15 +251,6 @@ def footer(data: bytes | memoryview | pa.Buffer) -> memoryview:
     return view[-8 - length :]
 
 
-def _require(size: int, stored: int, what: str, least: int = MOST_BYTES) -> None:
-    most = max(least, MOST_RATIO * stored)
-    if size > most:
-        raise IntegrityError(
-            f"{what}: {stored} bytes would become {size} or more, at most {most} are read: if you "
-            "trust the file, write it again with smaller row groups"
-        )
-
-
 def _check_footer(end: memoryview, most: int) -> None:
     size = len(end) - 8
     if size > most:
@@ -312,7 +261,7 @@ def _check_footer(end: memoryview, most: int) -> None:
 
 def _parse_footer(end: memoryview, wanted: Wanted) -> dict[int, Any]:
     try:
-        return Compact(end[:-8], 0, MOST_FOOTER_STRUCTS).struct(wanted)
+        return Compact(bytes(end[:-8]), 0, MOST_FOOTER_STRUCTS).struct(wanted)
     except (LookupError, RecursionError) as error:
         raise IntegrityError("its footer is damaged") from error
 
@@ -329,42 +278,26 @@ def _check_counts(metadata: pq.FileMetaData, size: int) -> None:
         )
 
 
-def _chunk(index: int, described: dict[int, Any]) -> Chunk:
-    data = described[3]
-    starts = [data[place] for place in (9, 11) if place in data]
-    path = b".".join(data[3]).decode()
-    return Chunk(index, path, data[1], data[4], data[5], min(starts), data[7])
-
-
-def _read_pages(data: memoryview, chunk: Chunk, levels: int) -> Pages:
-    """Reads headers, and pages where these hide what a page becomes.
-
-    Raises LookupError where the bytes end or mean nothing, IntegrityError where they mean too much.
-    """
-    at, values = chunk.start, 0
-    end = at + chunk.stored
-    size = largest = heaviest = dictionary = count = 0
-    while at < end and values < chunk.values:
-        reader = Compact(data, at, _PAGE_STRUCTS)
-        header = reader.struct(_PAGE)
-        unpacked, packed = header[2], header[3]
-        held = sum(header[part][1] for part in _DATA_PAGES if part in header)
-        count += 1
-        if min(unpacked, packed, held) < 0 or count > MOST_PAGES:
-            raise IndexError(at)
-        if _DICTIONARY_PAGE in header:
-            if header[_DICTIONARY_PAGE][1] > unpacked:  # pyarrow makes room for so many first
-                raise IndexError(at)
-            dictionary = max(dictionary, unpacked)
-        values += held
-        heaviest = max(heaviest, unpacked // max(held, 1) if held else 0)
-        size, largest = size + unpacked, max(largest, unpacked)
-        if delta.encoding(header) in delta.HIDING:
-            _require(unpacked, chunk.stored, f"a page of column {chunk.path!r}")
-            page = data[reader.at : reader.at + packed]
-            delta.check_page(header, page, unpacked, chunk.codec, levels)
-        at = reader.at + packed
-    return Pages(size, values, largest, heaviest, dictionary)
+def _described(
+    group: dict[int, Any], known: dict[tuple[str, ...], tuple[str, ...]]
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64] | None]:
+    """The paths and numbers of a row group's columns, paths as in `known`; no numbers: damaged."""
+    try:
+        columns = [one[3] for one in group[1]]
+        paths = tuple(b".".join(data[3]).decode() for data in columns)
+        numbers = [
+            [
+                data[1],
+                data[4],
+                data[5],
+                min(data[place] for place in (9, 11) if place in data),
+                data[7],
+            ]
+            for data in columns
+        ]
+        return known.setdefault(paths, paths), np.array(numbers, np.int64).reshape(-1, 5)
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        return (), None
 
 
 def _leaves(arrays: Sequence[pa.Array]) -> list[pa.Array]:

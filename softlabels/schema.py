@@ -17,6 +17,10 @@ FORMAT_VERSION = 1
 ROW_GROUP_POSITIONS = 5_000
 """Least positions a full row group holds: below it, decoding costs up to 8 times as much."""
 
+SEQUENCE_GROUP_BYTES = 6 << 20
+"""Least bytes in memory of a full row group of sequences: each costs 3 ms however small it is,
+twice what 10 rows of 512 positions take to decode. 16 or more are in a stream's window."""
+
 ROW_GROUP_BYTES = 64 << 20
 """Bytes in memory at which a row group ends all the same: carried images may be large, and Arrow
 joins at most 2 GB of a column."""
@@ -62,6 +66,12 @@ COLUMNS: dict[str, Column] = {
     "position_index": Column(INTS, True, "index", "P, which input_ids each position follows"),
     "segment_ids": Column(INTS, True, "", "document number of each input_ids entry"),
 }
+
+SOURCE_FILE, SOURCE_ROW = "source_file", "source_row"
+"""Carried columns that say where a row's source is: sha256 of the file (string), row in it
+(int64, from 0)."""
+
+POSITION = (pa.field(SOURCE_FILE, pa.string()), pa.field(SOURCE_ROW, pa.int64()))
 
 STATISTICS = ("view", "num_positions", "entropy", "top1_prob", "margin", "label", "top1_id")
 """Columns whose least and greatest value a commit records, so that a query can skip files."""

@@ -210,16 +210,15 @@ class SoftTargets:
             index = np.flatnonzero(index)
 
         def pick(value: Any) -> Any:
-            if isinstance(value, np.ndarray):
-                # take copies whole rows: two to four times as fast as value[index].
-                return value[index] if isinstance(index, slice) else np.take(value, index, axis=0)
-            if isinstance(value, Mapping):
-                return {t: Temper(pick(v.shift), pick(v.tail)) for t, v in value.items()}
-            return value
+            if value is None:
+                return None
+            # take copies whole rows: two to four times as fast as value[index].
+            return value[index] if isinstance(index, slice) else np.take(value, index, axis=0)
 
-        names = [f.name for f in fields(self) if f.name != "num_positions"]
+        names = [name for name in vars(self) if name not in ("num_positions", "temper")]
         values = {name: pick(getattr(self, name)) for name in names}
-        return type(self)(num_positions=num_positions, **values)
+        temper = {t: Temper(pick(own.shift), pick(own.tail)) for t, own in self.temper.items()}
+        return type(self)(num_positions=num_positions, temper=temper, **values)
 
     def take(self, rows: npt.NDArray[np.integer[Any]]) -> Self:
         """The rows `rows`, in that order; a row may come twice."""
@@ -359,10 +358,12 @@ def flat_lists(name: str, values: pa.Array, kind: type[np.generic]) -> tuple[Any
             f"column {name!r} is null in {values.null_count} of {len(values)} rows that are stored "
             "together: expected a list in every one of them"
         )
-    flat = values.flatten()
+    offsets = to_numpy(values.offsets, np.int32)
+    first, last = (int(offsets[0]), int(offsets[-1])) if len(offsets) else (0, 0)
+    flat = values.values.slice(first, last - first)  # as `flatten`, at a tenth of its cost
     if flat.null_count:
         raise IntegrityError(f"column {name!r} holds {flat.null_count} nulls inside its lists")
-    return to_numpy(flat, kind), np.diff(to_numpy(values.offsets, np.int32))
+    return to_numpy(flat, kind), np.diff(offsets)
 
 
 def _counts(values: pa.Array) -> Ints:

@@ -218,7 +218,7 @@ def measure_exactly(demo: Demo, path: Path) -> tuple[Figures, dict[str, Figures]
 def load_student(folder: Path, num_classes: int) -> torch.nn.Module:
     """The finished student of a run's folder; num_classes: V."""
     from softlabels.student import checkpoint
-    from softlabels.student.run import build_student
+    from softlabels.student.build import build_student
 
     spec = read_run(folder)
     model = build_student(spec, num_classes)

@@ -29,7 +29,8 @@ def main(command: Callable[[], object] = app) -> None:
     try:
         command()
     except SoftLabelsError as error:
-        _complain(printable(str(error)))
+        if not error.told_elsewhere:
+            _complain(printable(str(error)))
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         _complain(_missing(error))

@@ -1,5 +1,6 @@
 """train, evaluate: a student learns from a plan, and how well it does."""
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,23 +37,40 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check spec and plans; print the work as JSON.")
     ] = False,
+    profile: Annotated[
+        int | None,
+        typer.Option("--profile", metavar="STEPS", min=1, help="Time some steps; write nothing."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a student from a plan; no teacher is needed.
 
     The same command again goes on from the newest checkpoint, however the last one ended; when
     the run is finished it says so and exits 0. Stopped by a signal it exits 75 and loses nothing.
+    On several processes: torchrun --nproc-per-node 2 -m softlabels train run.yaml; torchrun exits
+    1 whatever its processes exit with, and starts them again with --max-restarts.
 
     Example: softlabels train run.yaml --set loss.kd_weight=0 --set out=out/run-hard
     """
+    first = _rank() == 0
+    if "WORLD_SIZE" in os.environ:
+        # torch advises on each rank against what any student needs: looking for parameters that
+        # its loss leaves out.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from softlabels.student.spec import RunSpec
 
     loaded = _with_roots(RunSpec.read(spec, changes or ()), roots)
     if dry_run:
-        print_json(_work(loaded))
+        if first:
+            print_json(_work(loaded))
         return
-    trained = _with_progress(loaded)
+    if profile is not None:
+        _profile(loaded, profile, first, as_json)
+        return
+    trained = _with_progress(loaded, first)
     record = trained.record
+    if not first:
+        return
     if as_json:
         print_json({"student": str(trained.student), "already": trained.already, **record})
         return
@@ -61,6 +79,9 @@ def train(
     if trained.already:
         done = counted(record["steps"], "step was", "steps were")
         print(f"nothing left to train: {done} done")
+    elif "time" in record:  # records of older releases have none
+        share = record["time"]["parts"]["data wait"]["share"]
+        print(f"data wait {share:.1%}; the run {record['time']['bottleneck']}")
     parameters, steps = record["parameters"], counted(record["steps"], "step")
     print(f"{trained.student}: {counted(parameters, 'parameter')}, {steps}")
 
@@ -135,7 +156,28 @@ def _work(spec: "RunSpec") -> dict[str, Any]:
     }
 
 
-def _with_progress(spec: "RunSpec") -> "Trained":
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _profile(spec: "RunSpec", steps: int, shown: bool, as_json: bool) -> None:
+    from softlabels.student.measure import measure
+
+    found = measure(spec, steps)
+    if not shown:
+        return
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        {"": name, "s/step": round(part["seconds_per_step"], 6), "share": f"{part['share']:.1%}"}
+        for name, part in found["parts"].items()
+    ]
+    print_table(rows)
+    print(f"{found['steps']} steps in {found['seconds']:.2f} s: {found['bottleneck']}")
+
+
+def _with_progress(spec: "RunSpec", shown: bool) -> "Trained":
     from rich.progress import TextColumn
 
     from softlabels.student.trainer import Progress, train
@@ -144,6 +186,8 @@ def _with_progress(spec: "RunSpec") -> "Trained":
     tasks: list[Any] = []
 
     def report(at: Progress) -> None:
+        if not shown:
+            return
         if not tasks:  # nothing is drawn for a run that is refused or done already
             bar.start()
             tasks.append(bar.add_task("train", total=at.total, note=""))

@@ -281,6 +281,7 @@ class _Job:
             carried=first.carried,
             example_ids=first.example_ids,
             parents=parents,
+            augment=first.augment,
         )
 
     def _members(self) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from softlabels.errors import IntegrityError, one_line
 from softlabels.fingerprint import sha256_bytes
-from softlabels.parquet import UNREADABLE, Parquet
+from softlabels.parquet import UNREADABLE, Layout, Parquet
 from softlabels.parquet import footer as footer
 from softlabels.schema import (
     COLUMNS,
@@ -27,6 +27,7 @@ from softlabels.schema import (
     INTS,
     ROW_GROUP_BYTES,
     ROW_GROUP_POSITIONS,
+    SEQUENCE_GROUP_BYTES,
     STATISTICS,
 )
 from softlabels.targets import Floats, SoftTargets, Temper
@@ -124,7 +125,8 @@ def round_to_profile(targets: SoftTargets, profile: Profile) -> SoftTargets:
 class ShardWriter:
     """Collects rows into one Parquet file in memory.
 
-    Row groups close at the first whole batch that brings them to `row_group_positions`.
+    Row groups close at the first whole batch that brings them to `row_group_positions`; where that
+    is None, to ROW_GROUP_POSITIONS and, in rows of several positions, to SEQUENCE_GROUP_BYTES.
     """
 
     def __init__(
@@ -132,7 +134,7 @@ class ShardWriter:
         schema: pa.Schema,
         profile: Profile,
         metadata: Mapping[str, str] | None = None,
-        row_group_positions: int = ROW_GROUP_POSITIONS,
+        row_group_positions: int | None = None,
     ) -> None:
         extra = {FORMAT_KEY: str(FORMAT_VERSION).encode()}
         extra |= {key.encode(): value.encode() for key, value in (metadata or {}).items()}
@@ -143,8 +145,8 @@ class ShardWriter:
         self._statistics = _Statistics(schema)
         self._row_group_positions = row_group_positions
         self._waiting: list[pa.RecordBatch] = []
-        self._waiting_positions = self._waiting_bytes = self._unpacked_bytes = 0
-        self.num_rows = 0
+        self._waiting_rows = self._waiting_positions = self._waiting_bytes = 0
+        self._unpacked_bytes = self.num_rows = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Adds rows; `batch` must have the writer's schema."""
@@ -152,9 +154,9 @@ class ShardWriter:
         self._waiting_positions += int(pc.sum(batch["num_positions"]).as_py() or 0)
         self.num_rows += batch.num_rows
         self._statistics.add(batch)
+        self._waiting_rows += batch.num_rows
         self._waiting_bytes += batch.nbytes
-        full = self._waiting_bytes >= ROW_GROUP_BYTES
-        if full or self._waiting_positions >= self._row_group_positions:
+        if self._full():
             self._flush()
 
     @property
@@ -177,13 +179,22 @@ class ShardWriter:
             statistics=self._statistics.result(self.num_rows),
         )
 
+    def _full(self) -> bool:
+        if self._waiting_bytes >= ROW_GROUP_BYTES:
+            return True
+        if self._row_group_positions is not None:
+            return self._waiting_positions >= self._row_group_positions
+        sequences = self._waiting_positions > self._waiting_rows
+        least = SEQUENCE_GROUP_BYTES if sequences else 0
+        return self._waiting_positions >= ROW_GROUP_POSITIONS and self._waiting_bytes >= least
+
     def _flush(self) -> None:
         if self._waiting:
             table = pa.Table.from_batches(self._waiting, self._schema)
             self._writer.write_table(table, row_group_size=max(1, table.num_rows))
             self._unpacked_bytes += self._waiting_bytes
             self._waiting = []
-            self._waiting_positions = self._waiting_bytes = 0
+            self._waiting_rows = self._waiting_positions = self._waiting_bytes = 0
 
 
 def _native(data: bytes | memoryview | pa.Buffer) -> pa.Buffer:
@@ -196,14 +207,25 @@ def _native(data: bytes | memoryview | pa.Buffer) -> pa.Buffer:
     return sink.getvalue()
 
 
-def open_shard(data: bytes | memoryview | pa.Buffer, name: str) -> pq.ParquetFile:
-    """A Parquet file over bytes in memory, checked for format version, page checksums on.
+def open_shard(
+    data: bytes | memoryview | pa.Buffer,
+    name: str,
+    layout: Layout | None = None,
+    checksums: bool = True,
+) -> pq.ParquetFile:
+    """A Parquet file over bytes in memory, checked for format version.
+
+    Args:
+        data: the file.
+        name: what messages call it.
+        layout: that of a file with the same footer, where it is known.
+        checksums: compare those of pages; needless where all bytes were compared before.
 
     Raises:
         IntegrityError: it is not a whole Parquet file or is of a newer format version.
     """
     try:
-        file = Parquet(_native(data), page_checksum_verification=True)
+        file = Parquet(_native(data), layout=layout, page_checksum_verification=checksums)
         file.schema_arrow  # noqa: B018 - what it says of types may be damaged too
     except (*UNREADABLE, IntegrityError) as error:
         raise IntegrityError(f"shard {name!r} cannot be read: {one_line(error)}") from error

@@ -18,7 +18,7 @@ from softlabels.student.temper import Targets, temper
 from softlabels.targets import Floats, SoftTargets
 
 Decode = Callable[[Mapping[str, pa.Array]], Any]
-"""Carried columns of B rows to a tensor [B, ...], or a tuple or mapping of tensors."""
+"""Columns of B rows to a tensor [B, ...], or a tuple or mapping of such tensors."""
 
 
 class LossInputs(NamedTuple):
@@ -225,16 +225,12 @@ def logits_of(
         BadInputError: `inputs` is nothing that a student can be called with.
         MismatchError: the logits have another shape.
     """
-    if isinstance(inputs, Tensor):
-        found = model(inputs.to(device))
-    elif isinstance(inputs, tuple):
-        found = model(*(value.to(device) for value in inputs))
-    elif isinstance(inputs, Mapping):
-        found = model(**{name: value.to(device) for name, value in inputs.items()})
+    # From pinned memory a copy runs beside the GPU's work; from other memory it is waited for.
+    there = each_tensor(inputs, lambda values: values.to(device, non_blocking=True))
+    if isinstance(there, tuple):
+        found = model(*there)
     else:
-        raise BadInputError(
-            f"decode: expected a tensor, or a tuple or mapping of tensors, found {type(inputs)!r}"
-        )
+        found = model(**there) if isinstance(there, Mapping) else model(there)
     logits = getattr(found, "logits", found)
     shape = tuple(getattr(logits, "shape", ()))
     if shape != (rows, num_classes):
@@ -243,6 +239,23 @@ def logits_of(
             f"need {(rows, num_classes)!r}"
         )
     return cast(Tensor, logits)
+
+
+def each_tensor(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What `decode` gave, each of its tensors changed.
+
+    Raises:
+        BadInputError: it is nothing that a student can be called with.
+    """
+    if isinstance(inputs, Tensor):
+        return change(inputs)
+    found = tuple(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    if not isinstance(found, tuple) or not all(isinstance(value, Tensor) for value in found):
+        raise BadInputError(
+            f"decode: expected a tensor, or a tuple or mapping of tensors, found {type(inputs)!r}"
+        )
+    changed = tuple(change(value) for value in found)
+    return dict(zip(inputs, changed, strict=True)) if isinstance(inputs, Mapping) else changed
 
 
 def label_space(plan: Plan, where: str) -> LabelSpace:
@@ -274,5 +287,9 @@ def _not_stored(temperature: float, where: str, stored: Iterable[float]) -> str:
 def _tensor(values: "np.ndarray[Any, Any]", device: torch.device | str) -> Tensor:
     # torch warns about arrays that it could write to but must not: those over Arrow's memory.
     # Only they are copied; what a stream gathered is its own.
-    own = values if values.flags.writeable else values.copy()
-    return torch.from_numpy(own).to(device)
+    own = torch.from_numpy(values if values.flags.writeable else values.copy())
+    if torch.device(device).type != "cuda":
+        return own.to(device)
+    # No GPU was at hand to try this. From pinned memory the copy runs beside the GPU's work, and
+    # torch keeps that memory, and uses it again, until the copy is done.
+    return own.pin_memory().to(device, non_blocking=True)

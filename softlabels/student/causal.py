@@ -29,6 +29,7 @@ from softlabels.errors import MismatchError
 from softlabels.student.batch import evaluating
 from softlabels.student.fused import linear_distillation_loss
 from softlabels.student.losses import DistillationLoss, distillation_loss
+from softlabels.student.profile import INPUTS, Clock
 from softlabels.student.room import require_room, require_width
 from softlabels.student.sequences import SequenceInputs, padded
 from softlabels.student.several import Several
@@ -109,6 +110,7 @@ class LanguageModel:
         alignment: "next" or "same".
         device: where it is.
         fused: whether hidden states and head are handed on in place of logits.
+        clock: counts how long inputs take.
 
     Raises:
         MismatchError: when called: the head's width is not V, the student sees what it must not,
@@ -123,8 +125,11 @@ class LanguageModel:
         alignment: str,
         device: torch.device | str = "cpu",
         fused: Fused = "auto",
+        clock: Clock | None = None,
     ) -> None:
         self._model, self._device = model, device
+        self._clock = clock or Clock()
+        self._common: Batch | None = None
         self._num_classes, self._alignment, self._fused = num_classes, alignment, fused
         self._call: Callable[[SequenceInputs], Outputs] | None = None
         self._looked: set[str] = set()
@@ -132,19 +137,36 @@ class LanguageModel:
 
     def __call__(self, batch: Batch) -> Outputs:
         """What the student says at the batch's positions."""
-        inputs = padded(batch, self._num_classes, self._alignment, self._device)
+        inputs = self._inputs(batch)
+        self._calls += 1
+        # Again at calls 2, 4, 8, …: a way that begins with weights of zero shows only later.
+        due = self._calls & (self._calls - 1) == 0
+        if due:
+            self._looked.clear()
+        if self._common is None:
+            self._look_at(inputs)
+        elif due:
+            self._look_at(self._inputs(self._common))
+        assert self._call is not None
+        return self._call(inputs)
+
+    def look_only_at(self, batch: Batch) -> None:
+        """Has the student looked at in this batch alone: the same calls on all ranks of a run."""
+        self._common = batch
+
+    def _inputs(self, batch: Batch) -> SequenceInputs:
+        with self._clock.part(INPUTS):
+            inputs = padded(batch, self._num_classes, self._alignment, self._device)
         require_room(self._model, inputs)
+        return inputs
+
+    def _look_at(self, inputs: SequenceInputs) -> None:
         if self._call is None:
             self._call = self._chosen(inputs)
-        self._calls += 1
-        if self._calls & (self._calls - 1) == 0:
-            # Again at calls 2, 4, 8, …: a way that begins with weights of zero shows only later.
-            self._looked.clear()
         for name, part, changed, kept in _looks(inputs, self._alignment):
             if name not in self._looked:
                 self._look(name, part, changed, kept)
                 self._looked.add(name)
-        return self._call(inputs)
 
     def _chosen(self, inputs: SequenceInputs) -> Callable[[SequenceInputs], Outputs]:
         model = self._model

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from softlabels.errors import BadInputError, IntegrityError, MismatchError, one_line
 from softlabels.fingerprint import sha256_bytes, sha256_json
 from softlabels.storage import storage_errors
+from softlabels.student.sharding import placed
 
 FORMAT_VERSION = 1
 
@@ -229,6 +230,9 @@ def load_optimizer(
         if name not in places:
             raise MismatchError(f"the checkpoint trains {name!r}, which the student does not")
         state.setdefault(places[name], {})[field] = value
+    for place, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        own = state.get(place, {})
+        own |= placed(own, {name: parameter for name in own if name != "step"})
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -6,9 +6,10 @@ import pyarrow as pa
 
 from softlabels.errors import IntegrityError, one_line
 from softlabels.plan import Plan
-from softlabels.schema import temper_columns
+from softlabels.schema import SOURCE_FILE, SOURCE_ROW, temper_columns
 from softlabels.student.files import Files
 from softlabels.student.rows import Rows
+from softlabels.student.zipped import SourceFiles, require_sources, zipped_columns
 from softlabels.targets import SoftTargets
 
 _TARGETS = (
@@ -33,6 +34,7 @@ class Decoder:
         columns: further columns to decode.
         draws: tail draws a position to decode; 0: none.
         temperatures: of each table, the extra ones that it stores and that are wanted.
+        source: where columns are that tables do not carry; None: they carry all.
     """
 
     def __init__(
@@ -42,16 +44,31 @@ class Decoder:
         columns: Sequence[str],
         draws: int,
         temperatures: dict[str, list[float]],
+        source: SourceFiles | None = None,
     ) -> None:
+        self._source = source
+        self._zipped: dict[str, list[str]] = {name: [] for name in plan.tables}
+        if source is not None:
+            self._zipped = zipped_columns(plan, columns)
+            require_sources(plan, files, source, self._zipped)
         self._widths = {name: table.contents.k for name, table in plan.tables.items()}
         self._files, self._columns = files, list(columns)
         self._draws, self._temperatures = draws, temperatures
 
     def wanted(self, table: str) -> list[str]:
-        """The columns of a table that its rows are made of."""
-        found = ["example_id", *_TARGETS, *self._columns]
+        """The columns of a table that its rows are made of, and what is beside them of the source.
+
+        The latter by names that no column has: a path does not end in a slash.
+        """
+        return self._stored(table) + [f"{name}/" for name in self._zipped[table]]
+
+    def _stored(self, table: str) -> list[str]:
+        zipped = self._zipped[table]
+        found = ["example_id", *_TARGETS, *(c for c in self._columns if c not in zipped)]
+        found += [SOURCE_FILE, SOURCE_ROW] if zipped else []
         found += ["sampled_ids"] if self._draws else []
-        return found + [c for t in self._temperatures[table] for c in temper_columns(t)]
+        found += [c for t in self._temperatures[table] for c in temper_columns(t)]
+        return list(dict.fromkeys(found))
 
     def decode(self, table: str, path: str, group: int, data: pa.Buffer | None = None) -> Rows:
         """The rows of a row group.
@@ -66,18 +83,22 @@ class Decoder:
             StorageError: the file is missing.
             IntegrityError: it is not the one that the plan names, or not as its lineage says.
         """
-        wanted = self.wanted(table)
+        wanted = self._stored(table)
         batch = self._files.read(table, path, group, wanted, data)
         if missing := sorted(set(wanted) - set(batch.schema.names)):
             raise IntegrityError(f"file {path!r} of table {table!r} has no column {missing[0]!r}")
         values = {field: batch[field] for field in wanted}
         try:
-            _check_texts({name: values[name] for name in ("example_id", *self._columns)})
+            own = [column for column in self._columns if column in values]
+            _check_texts({name: values[name] for name in ("example_id", *own)})
             targets = SoftTargets.from_columns(
                 values, self._widths[table], self._draws, self._temperatures[table]
             )
         except IntegrityError as error:
             raise IntegrityError(f"file {path!r} of table {table!r}: {error}") from error
+        if self._zipped[table] and self._source is not None:
+            file, row = values[SOURCE_FILE], values[SOURCE_ROW]
+            values |= self._source.take(file, row, self._zipped[table], table)
         columns = {column: values[column] for column in self._columns}
         return Rows(targets, values["example_id"], columns)
 

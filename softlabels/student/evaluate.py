@@ -30,11 +30,13 @@ from softlabels.student.figures import BINS, Bin, Collected, Evaluation, reliabi
 from softlabels.student.losses import distillation_loss
 from softlabels.student.mixture import mixture
 from softlabels.student.once import each_row_once
+from softlabels.student.profile import INPUTS, Clock
 from softlabels.student.sequences import COLUMNS, num_tokens
 from softlabels.student.several import Teacher, teachers_of
 from softlabels.student.spec import Fused
 from softlabels.student.stream import Batch
 from softlabels.student.temper import rescale_head
+from softlabels.student.zipped import SourceFiles
 from softlabels.targets import SoftTargets
 
 __all__ = ["BINS", "Bin", "Evaluation", "evaluate", "evaluate_teacher", "reliability"]
@@ -53,6 +55,7 @@ def evaluate(
     roots: Mapping[str, str] | None = None,
     device: torch.device | str = "cpu",
     fused: Fused = "auto",
+    source: SourceFiles | None = None,
 ) -> Evaluation:
     """The student's figures on a plan, in plan order, loss weights and repeats left out.
 
@@ -68,6 +71,7 @@ def evaluate(
         roots: where tables are on this machine, by name.
         device: where the model is.
         fused: language models: see `LossSpec`; it decides only what memory is needed.
+        source: where columns are that the plan's tables do not carry.
 
     Raises:
         BadInputError: a classifier without decode.
@@ -79,7 +83,9 @@ def evaluate(
     wanted = COLUMNS if sequences else columns
     found, seconds, tokens = Collected(), 0.0, 0
     with evaluating(model):
-        for batch in each_row_once(plan, batch_size or _batch_size(sequences), wanted, roots):
+        for batch in each_row_once(
+            plan, batch_size or _batch_size(sequences), wanted, roots, source
+        ):
             found.rows += len(batch)
             tokens += num_tokens(batch) if sequences else 0
             teachers = _teachers(batch, device)
@@ -107,19 +113,23 @@ def make_forward(
     decode: Decode | None,
     device: torch.device | str = "cpu",
     fused: Fused = "auto",
+    clock: Clock | None = None,
 ) -> Forward:
-    """The student's call on a batch of a plan of that label space.
+    """The student's call on a batch of a plan of that label space; `clock` counts its inputs.
 
     Raises:
         BadInputError: a classifier without decode.
     """
     if space.alignment is not None:
-        return LanguageModel(model, space.num_classes, space.alignment, device, fused)
+        return LanguageModel(model, space.num_classes, space.alignment, device, fused, clock)
     if decode is None:
         raise BadInputError("decode: a plan of classification needs it, found None")
 
+    clock = clock or Clock()
+
     def forward(batch: Batch) -> Outputs:
-        inputs = decode(batch.columns)
+        with clock.part(INPUTS):
+            inputs = decode(batch.columns) if batch.inputs is None else batch.inputs
         logits = logits_of(model, inputs, len(batch), space.num_classes, device)
         return Outputs(logits, space.num_classes)
 

@@ -11,14 +11,16 @@ import mmap
 import struct
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import IO
 
 import pyarrow as pa
 
 from softlabels.errors import BadInputError, IntegrityError
 from softlabels.fingerprint import sha256_bytes
-from softlabels.parquet import Chunk, Parquet
+from softlabels.pages import Chunk
+from softlabels.parquet import Layout, Parquet
 from softlabels.plan import Plan, PlanFile
 from softlabels.storage import Root, storage_errors
 from softlabels.store import shards
@@ -34,6 +36,9 @@ NEAR_BYTES = 64 << 10
 
 RANGE_BYTES = 8 << 20
 """The longest range that is asked for at once: longer ones are fetched in parallel parts."""
+
+LAYOUTS = 256
+"""Files of which it is kept in mind where their columns are: some 200 KB a file of 100 MB."""
 
 Key = tuple[str, str]
 """A file: its table and its path."""
@@ -59,6 +64,7 @@ class Files:
         self._open: OrderedDict[Key, _Local] = OrderedDict()
         self._verified: set[Key] = set()
         self._footers: dict[Key, bytes] = {}
+        self._layouts: OrderedDict[Key, Layout] = OrderedDict()
         self._lock = threading.Lock()
         self._opening: dict[Key, threading.Lock] = {}
 
@@ -97,18 +103,23 @@ class Files:
             TryAgainError: storage does not answer.
             IntegrityError: it is not the file that the plan names, or a page is damaged.
         """
-        root, file = self._roots[table], self.file(table, path)
+        root = self._roots[table]
+        self.file(table, path)
 
         def decoded(shard: Parquet) -> pa.RecordBatch:
             _check_group(root, path, shard, group)
             return shards.read_row_groups(shard, root.where(path), [group], columns, threads=False)
 
         if data is not None:
-            return decoded(_open(root, file, data))
+            return decoded(self._parsed((table, path), data, checksums=False))
         if not root.is_local:
             return decoded(self._fetched(table, path, group, columns))
-        with self._local((table, path)).parsed() as shard:
-            return decoded(shard)
+        local = self._local((table, path))
+        parse = partial(self._parsed, (table, path), local.data, checksums=False)
+        with local.parsed(parse) as shard:
+            found = decoded(shard)
+            local.forget(shard.chunks(group, columns))
+        return found
 
     def bytes_of(self, table: str, path: str, groups: Sequence[int], columns: Sequence[str]) -> int:
         """How many of a remote file's bytes some columns of some row groups are."""
@@ -143,11 +154,14 @@ class Files:
             root, file = self._roots[key[0]], self._files[key]
             _check_size(root, file)
             full = root.full(file.path)
-            with storage_errors("read", full), pa.memory_map(full) as source:
-                data = source.read_buffer()
-            if key not in self._verified:
-                _require_sha256(root, file, sha256_bytes(memoryview(data)))
-            local = _Local(root, file, data)
+            with storage_errors("read", full), open(full, "rb") as source:
+                if key not in self._verified:
+                    # A quarter of a megabyte at a time: it is hashed while it is in the caches.
+                    digest = hashlib.file_digest(source, "sha256")
+                    _require_sha256(root, file, digest.hexdigest())
+                mapped = mmap.mmap(source.fileno(), file.size, prot=mmap.PROT_READ)
+            data = pa.py_buffer(mapped)
+            local = _Local(mapped, data, self._parsed(key, data, checksums=False))
             with self._lock:
                 self._verified.add(key)
                 self._open[key] = local
@@ -180,22 +194,46 @@ class Files:
         end = self._footers[key]
         sparse = mmap.mmap(-1, file.size)
         sparse[file.size - len(end) :] = end
-        return _open(root, file, pa.py_buffer(sparse)), sparse
+        return self._parsed(key, pa.py_buffer(sparse), checksums=True), sparse
+
+    def _parsed(self, key: Key, data: pa.Buffer, checksums: bool) -> Parquet:
+        """A file over its bytes, of which no more than the footer has to be there yet.
+
+        Page checksums cost an eighth of decoding: where the sha256 was compared they are passed by.
+        """
+        with self._lock:
+            layout = self._layouts.get(key)
+        shard = _open(self._roots[key[0]], self._files[key], data, layout, checksums)
+        layout = shard.layout
+        with self._lock:
+            self._layouts[key] = layout
+            self._layouts.move_to_end(key)
+            if len(self._layouts) > LAYOUTS:
+                self._layouts.popitem(last=False)
+        return shard
 
 
 class _Local:
     """A mapped file, with as many parsers as threads read it at once: none serves two."""
 
-    def __init__(self, root: Root, file: PlanFile, data: pa.Buffer) -> None:
-        self._root, self._file, self._data = root, file, data
-        self._idle = [_open(root, file, data)]
+    def __init__(self, mapped: mmap.mmap, data: pa.Buffer, shard: Parquet) -> None:
+        self._mapped, self.data = mapped, data
+        self._idle = [shard]
+
+    def forget(self, chunks: Sequence[Chunk]) -> None:
+        """Lets go of pages that were read: else all of a file would count as this process's."""
+        if not chunks:
+            return
+        start = min(chunk.start for chunk in chunks) // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = max(chunk.start + chunk.stored for chunk in chunks)
+        self._mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     @contextlib.contextmanager
-    def parsed(self) -> Iterator[Parquet]:
+    def parsed(self, parse: Callable[[], Parquet]) -> Iterator[Parquet]:
         try:
             shard = self._idle.pop()
         except IndexError:
-            shard = _open(self._root, self._file, self._data)
+            shard = parse()
         yield shard
         self._idle.append(shard)
 
@@ -222,7 +260,7 @@ def _fetch_footer(root: Root, file: PlanFile) -> bytes:
 
 
 def _check_size(root: Root, file: PlanFile) -> None:
-    if (found := root.size(file.path)) != file.size:
+    if (found := root.size(file.path)) != file.size or not found:
         raise IntegrityError(
             f"{root.where(file.path)} has {found} bytes, the plan says {file.size}: it is cut "
             "short or was changed after the plan was made"
@@ -253,12 +291,14 @@ def _named(root: Root, file: PlanFile) -> Iterator[None]:
         raise IntegrityError(f"{root.where(file.path)}: {error}") from error
 
 
-def _open(root: Root, file: PlanFile, data: pa.Buffer) -> Parquet:
+def _open(
+    root: Root, file: PlanFile, data: pa.Buffer, layout: Layout | None, checksums: bool
+) -> Parquet:
     where = root.where(file.path)
     with _named(root, file):
         end = shards.footer(data)
     _require_footer(root, file, end)
-    shard = shards.open_shard(data, where)
+    shard = shards.open_shard(data, where, layout, checksums)
     assert isinstance(shard, Parquet)
     if shard.metadata.num_rows != file.num_rows:
         raise IntegrityError(

@@ -12,11 +12,14 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from softlabels.errors import IntegrityError, SoftLabelsError
 from softlabels.student.decode import Decoder
 from softlabels.student.files import Files
+from softlabels.student.flat import arrays_of, targets_of
+from softlabels.student.lease import ALIGNMENT, Lease
 from softlabels.student.localcache import LocalCache
 from softlabels.student.records import Records
 from softlabels.student.rows import Rows
@@ -63,17 +66,17 @@ class Source:
         """
         table, path, group = place
         if self._cache is None:
-            return self._decoder.decode(*place)
+            return self.decoded(place)
         shard, columns = self._files.file(table, path).sha256, self._decoder.wanted(table)
         if (found := self._cache.load(shard, group, columns)) is not None:
             return found
         if not self._fill or self._left_to_fetcher(table, path, in_file):
-            return self._decoder.decode(*place)
+            return self.decoded(place)
         return self._cache.fill(shard, group, columns, lambda: self._decoder.decode(*place), wait)
 
     def decoded(self, place: Place) -> Rows:
         """All rows of a row group, from its file."""
-        return self._decoder.decode(*place)
+        return _settled(self._decoder.decode(*place))
 
     def _left_to_fetcher(self, table: str, path: str, in_file: Callable[[], list[int]]) -> bool:
         """Whether a thread fetches the file whole, and fills the cache from it."""
@@ -85,6 +88,18 @@ class Source:
                 self._fetcher = _Fetcher(self._files, self._decoder, self._cache)
                 weakref.finalize(self, self._fetcher.close)
             return self._fetcher.asked(table, path, in_file)
+
+
+def _settled(rows: Rows) -> Rows:
+    """`rows` with targets in memory that is used again.
+
+    What they were decoded into is free at once, and still in the processor's caches when the next
+    ones are: that saves more than the copy costs.
+    """
+    named = dict(arrays_of(rows.targets))
+    lease = Lease(sum(values.nbytes + ALIGNMENT for values in named.values()))
+    arrays = {name: lease.copy(values) for name, values in named.items()}
+    return replace(rows, targets=targets_of(rows.targets.num_positions.copy(), arrays))
 
 
 class _Fetcher:

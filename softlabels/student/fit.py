@@ -4,11 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softlabels.errors import BadInputError, MismatchError
+from softlabels.imports import load_object, source_sha256
 from softlabels.plan import Plan
 from softlabels.student.batch import LabelSpace, label_space
+from softlabels.student.members import slot_plan
 from softlabels.student.servable import require_servable
-from softlabels.student.spec import LossSpec, RunSpec
+from softlabels.student.spec import InputSpec, LossSpec, RunSpec
 from softlabels.student.tokens import NAME, own_template_sha256, template_sha256, tokenizer_sha256
+from softlabels.student.zipped import zipped_columns
 
 _KINDS = {"next": "causal_lm", "same": "masked_lm"}
 
@@ -27,7 +30,8 @@ def require_fit(spec: RunSpec) -> tuple[Plan, Plan | None]:
         asked.require(space, "the spec (classes)", "the plan")
     require_student(spec, space)
     require_tokens(spec, plan, "the plan")
-    require_servable(plan, spec.loss, spec.inputs.columns)
+    require_inputs(spec, plan)
+    require_servable(plan, spec.loss, _carried(spec))
     other = Plan.read(spec.evaluate.plan) if spec.evaluate is not None else None
     names = {*plan.tables, *(other.tables if other else ())}
     if unknown := sorted(set(spec.roots) - names):
@@ -39,8 +43,43 @@ def require_fit(spec: RunSpec) -> tuple[Plan, Plan | None]:
     space.require(label_space(other, "the evaluation plan"), "the plan", "the evaluation plan")
     require_tokens(spec, other, "the evaluation plan")
     # Evaluation is at temperature 1 and needs neither draws nor tails, whatever the loss is.
-    require_servable(other, LossSpec(kd_weight=0), spec.inputs.columns)
+    require_inputs(spec, other)
+    require_servable(other, LossSpec(kd_weight=0), _carried(spec))
     return plan, other
+
+
+def require_inputs(spec: RunSpec, plan: Plan) -> None:
+    """Raises unless the student's inputs can be made as the teacher's were.
+
+    Raises:
+        BadInputError: a table carries neither a column nor where it is in the source; or it holds
+            augmented views, and the spec names nothing that replays them.
+        MismatchError: what the spec names is not what the views were made by.
+    """
+    tables = slot_plan(plan, 0)
+    if spec.inputs.sources:
+        zipped_columns(tables, spec.inputs.columns)
+    for name, table in tables.tables.items():
+        made = table.contents.augment
+        if made is None:
+            continue
+        if spec.inputs.augment is None:
+            raise BadInputError(
+                f"inputs.augment: table {name!r} holds views of rows that {made.function!r} has "
+                "augmented: expected the import path of that function, which replays them"
+            )
+        found = source_sha256(load_object(spec.inputs.augment))
+        if found != made.code_sha256 or spec.inputs.augment.rpartition(":")[2] != made.function:
+            raise MismatchError(
+                f"inputs.augment: {spec.inputs.augment!r} is in a file of sha256 {found!r}, the "
+                f"views of table {name!r} were made by {made.function!r} in {made.code_sha256!r}: "
+                "they would be replayed as something else"
+            )
+
+
+def _carried(spec: RunSpec) -> Sequence[str]:
+    """Columns that tables must carry."""
+    return () if spec.inputs.sources else spec.inputs.columns
 
 
 def require_student(spec: RunSpec, space: LabelSpace) -> None:
@@ -66,7 +105,7 @@ def require_student(spec: RunSpec, space: LabelSpace) -> None:
                 "loss.fused 'always' and loss.normalization 'sequence' are for plans of "
                 "sequences, this one is of classification"
             )
-    elif spec.inputs.decode is not None or spec.inputs.columns:
+    elif spec.inputs != InputSpec():
         raise BadInputError(
             f"inputs: a plan of sequences (alignment {space.alignment!r}) brings the student's "
             f"input, found {spec.inputs.model_dump()!r}: leave it out"

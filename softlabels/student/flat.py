@@ -50,7 +50,7 @@ class DamagedError(Exception):
 
 def dump(rows: Rows) -> list[Any]:
     """Buffers whose bytes, one after the other, are the file."""
-    named = list(_arrays(rows.targets))
+    named = list(arrays_of(rows.targets))
     total = sum(values.nbytes for _, values in named)
     parts: list[Bytes] = [_bytes(rows.targets.num_positions), _stream(rows)]
     shapes = [[name, values.dtype.name, *values.shape[1:]] for name, values in named]
@@ -132,6 +132,16 @@ def _loaded(
     return Rows(targets_of(counts, found), ids, columns)
 
 
+def arrays_of(targets: SoftTargets) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """The arrays of soft targets as a flat file names them; without the counts."""
+    for name, values in vars(targets).items():
+        if isinstance(values, np.ndarray) and name != "num_positions":
+            yield name, values
+    for temperature, own in targets.temper.items():
+        yield f"shift:{temperature!r}", own.shift
+        yield f"tail:{temperature!r}", own.tail
+
+
 def targets_of(counts: Ints, arrays: dict[str, npt.NDArray[Any]]) -> SoftTargets:
     """Soft targets from their arrays as a flat file names them."""
     values: dict[str, Any] = {}
@@ -144,15 +154,6 @@ def targets_of(counts: Ints, arrays: dict[str, npt.NDArray[Any]]) -> SoftTargets
             values[name] = array
     both = {t: Temper(**found) for t, found in temper.items()}
     return SoftTargets(num_positions=counts, **values, temper=both)
-
-
-def _arrays(targets: SoftTargets) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    for name, values in vars(targets).items():
-        if isinstance(values, np.ndarray) and name != "num_positions":
-            yield name, values
-    for temperature, own in targets.temper.items():
-        yield f"shift:{temperature!r}", own.shift
-        yield f"tail:{temperature!r}", own.tail
 
 
 def _longer(begin: Bytes, descriptor: int, size: int) -> Bytes:

@@ -4,16 +4,17 @@ B rows picked, from parts that are row groups in memory, mapped, or records on d
 of theirs.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from softlabels.errors import BadInputError
-from softlabels.student.flat import targets_of
+from softlabels.student.flat import arrays_of, targets_of
 from softlabels.student.lease import Lease
 from softlabels.student.records import RecordReader, Records
 from softlabels.student.rows import Rows
@@ -21,9 +22,6 @@ from softlabels.targets import UNKNOWN, SoftTargets, Temper
 
 Int64s = npt.NDArray[np.int64]
 Values = npt.NDArray[Any]
-
-LONG_ROW = 2048
-"""Bytes from which copying rows one by one beats numpy's take into a copy of its own."""
 
 LONG_VALUE = 512
 """Mean bytes of a column's values from which they are taken from their parts one by one."""
@@ -42,13 +40,25 @@ class Parts:
         if len(records) < len(parts) or len({part.arrays for part in records}) > 1:
             records = []
         self._records = RecordReader(records) if records else None
-        self._parts = [] if records else [_whole(part) for part in parts]
+        found = [] if records else [_whole(part) for part in parts]
+        lengths = np.array([len(part) for part in parts], np.int64)
+        self._starts = np.cumsum(lengths) - lengths
+        short = _single(found)
+        self._short = _joined(found) if short else None
+        self._long = _LongRows(found) if found and not short else None
+        known = {n: np.array([_knows(part, n) for part in found], bool) for n in UNKNOWN}
+        self._partly = {name: parts for name, parts in known.items() if not parts.all()}
         self._ids = _Column([part.example_ids for part in parts])
         self._columns = {
             name: _Column([part.columns[name] for part in parts]) for name in parts[0].columns
         }
         size = sum(part.row_bytes if isinstance(part, Records) else part.nbytes for part in parts)
-        self.row_bytes = size / max(1, sum(map(len, parts)))
+        self.row_bytes = size / max(1, int(lengths.sum()))
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether rows are read as they are gathered."""
+        return self._records is not None
 
     def gather(self, which: Int64s, index: Int64s) -> Rows:
         """The rows `index[i]` of part `which[i]`, for each i, in memory of their own.
@@ -63,12 +73,21 @@ class Parts:
             BadInputError: a column would hold over 2 GB, more than an Arrow array can.
             GoneError: a file of records is not there any more.
         """
-        ids = self._ids.gather(which, index)
-        columns = {name: column.gather(which, index) for name, column in self._columns.items()}
+        at = self._starts[which] + index
+        ids = self._ids.gather(which, index, at)
+        columns = {name: one.gather(which, index, at) for name, one in self._columns.items()}
         if self._records is not None:
             return Rows(targets_of(*self._records.read(which, index)), ids, columns)
         lease = Lease(int(1.1 * self.row_bytes * len(which)))
-        return _gathered_rows(self._parts, which, index, ids, columns, lease)
+        if self._short is not None:
+            rows = _taken(self._short, at, ids, columns, lease)
+        else:
+            assert self._long is not None
+            rows = self._long.gather(which, at, ids, columns, lease)
+        unknown: dict[str, Any] = {
+            n: None for n, known in self._partly.items() if not known[which].any()
+        }
+        return replace(rows, targets=replace(rows.targets, **unknown)) if unknown else rows
 
 
 def whole_rows(records: Records) -> Rows:
@@ -86,106 +105,102 @@ def _whole(part: Rows | Records) -> Rows:
     return whole_rows(part) if isinstance(part, Records) else part
 
 
-@dataclass(frozen=True)
-class _Picks:
-    """What goes where, in units of `span` values: of each part `source`, to `place` of `total`."""
-
-    source: list[Int64s]
-    place: list[Int64s]
-    total: int
-    span: int = 1
+def _knows(part: Rows, name: str) -> bool:
+    return getattr(part.targets, name) is not None
 
 
-def _gathered_rows(
-    parts: Sequence[Rows],
-    which: Int64s,
-    index: Int64s,
-    ids: pa.Array,
-    columns: dict[str, pa.Array],
-    lease: Lease,
-) -> Rows:
-    order = np.argsort(which, kind="stable")
-    edges = np.searchsorted(which[order], np.arange(len(parts) + 1)).tolist()
-    used = [i for i in range(len(parts)) if edges[i] < edges[i + 1]] or [0]
-    parts, place = [parts[i] for i in used], [order[edges[i] : edges[i + 1]] for i in used]
-    rows = _Picks([index[at] for at in place], place, len(which))
-    counts = _filled([part.targets.num_positions for part in parts], rows, lease)
-    positions = _of_positions(parts, rows, counts)
-
-    def all_of(name: str, get: Callable[[Rows], Values | None]) -> Any:
-        return _gathered(name, [get(part) for part in parts], positions, lease)
-
-    names = [f.name for f in fields(SoftTargets) if f.name not in ("num_positions", "temper")]
-    found = {name: all_of(name, lambda part, n=name: getattr(part.targets, n)) for name in names}  # type: ignore[misc]
-    temper = {
-        t: Temper(
-            all_of("shift", lambda part, t=t: part.targets.temper[t].shift),  # type: ignore[misc]
-            all_of("tail", lambda part, t=t: part.targets.temper[t].tail),  # type: ignore[misc]
-        )
-        for t in parts[0].targets.temper
-    }
-    whole = [part.whole for part in parts if part.whole is not None]
-    return Rows(
-        SoftTargets(num_positions=counts, **found, temper=temper),
-        ids,
-        columns,
-        all_of("position_weights", lambda part: part.position_weights),
-        all_of("kept", lambda part: part.kept),
-        _filled(whole, rows, lease) if whole else None,
+def _single(parts: Sequence[Rows]) -> bool:
+    """Whether all rows have one position each."""
+    return bool(parts) and all(
+        len(part) == len(part.targets.ids) and bool((part.targets.num_positions == 1).all())
+        for part in parts
     )
 
 
-def _of_positions(parts: Sequence[Rows], rows: _Picks, counts: Values) -> _Picks:
-    """The picks of positions; of whole rows, where all rows of the parts have as many."""
-    each = {int(n) for part in parts for n in _ends(part.targets.num_positions)}
-    if len(each) == 1 and (span := each.pop()):
-        return _Picks(rows.source, rows.place, rows.total, span)
-    starts = np.cumsum(counts, dtype=np.int64) - counts
-    source, place = [], []
-    for part, index, at in zip(parts, rows.source, rows.place, strict=True):
-        own = counts[at]
-        ends = np.cumsum(own, dtype=np.int64)
-        within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - own, own)
-        before = np.cumsum(part.targets.num_positions, dtype=np.int64) - part.targets.num_positions
-        source.append(np.repeat(before[index], own) + within)
-        place.append(np.repeat(starts[at], own) + within)
-    return _Picks(source, place, int(counts.sum()))
+def _joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts; of example ids and columns none.
+
+    One more copy in order is cheap beside what it saves: short rows are then picked by one take an
+    array, straight into their place.
+    """
+    return Rows.concat(
+        [replace(part, example_ids=part.example_ids[:0], columns={}) for part in parts]
+    )
 
 
-def _ends(counts: Values) -> tuple[int, ...]:
-    """Least and greatest; nothing of an empty part."""
-    return (counts.min(), counts.max()) if len(counts) else ()
+def _taken(
+    joined: Rows, at: Int64s, ids: pa.Array, columns: dict[str, pa.Array], lease: Lease
+) -> Rows:
+    """The rows `at`, int64 [B], of rows of one position each."""
+
+    def take(values: Any) -> Any:
+        if values is None:
+            return None
+        out = lease.empty((len(at), *values.shape[1:]), values.dtype)
+        return np.take(values, at, axis=0, out=out, mode="clip")  # else numpy would copy once more
+
+    soft = joined.targets
+    names = [f.name for f in fields(SoftTargets) if f.name != "temper"]
+    found = {name: take(getattr(soft, name)) for name in names}
+    temper = {t: Temper(take(own.shift), take(own.tail)) for t, own in soft.temper.items()}
+    own = (take(values) for values in (joined.position_weights, joined.kept, joined.whole))
+    return Rows(SoftTargets(**found, temper=temper), ids, columns, *own)
 
 
-def _gathered(
-    name: str, values: Sequence[Values | None], picks: _Picks, lease: Lease
-) -> Values | None:
-    known = [array for array in values if array is not None]
-    if not known or (len(known) < len(values) and name not in UNKNOWN):
-        return None
-    return _filled(values, picks, lease, UNKNOWN.get(name))
+class _LongRows:
+    """Rows of many positions in parts, each copied at once from its part into its place."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        counts = [part.targets.num_positions for part in parts]
+        self._counts = np.concatenate(counts)
+        self._firsts = np.concatenate([np.cumsum(n, dtype=np.int64) - n for n in counts])
+        named = [dict(_positions_of(part)) for part in parts]
+        names = dict.fromkeys(name for one in named for name in one)
+        self._arrays = {name: [one.get(name) for one in named] for name in names}
+        whole = [part.whole for part in parts if part.whole is not None]
+        self._whole = np.concatenate(whole) if whole else None
+
+    def gather(
+        self, which: Int64s, at: Int64s, ids: pa.Array, columns: dict[str, pa.Array], lease: Lease
+    ) -> Rows:
+        """The rows `at` of all, int64 [B], which are in the parts `which`."""
+        counts = self._counts[at]
+        stops = np.cumsum(counts, dtype=np.int64)
+        places = [which, self._firsts[at], self._firsts[at] + counts, stops - counts, stops]
+        rows = list(zip(*(values.tolist() for values in places), strict=True))
+        total = int(stops[-1]) if len(stops) else 0
+        found = {
+            name: _copied(arrays, rows, total, UNKNOWN.get(name), lease)
+            for name, arrays in self._arrays.items()
+            if name in UNKNOWN or all(array is not None for array in arrays)
+        }
+        weights, kept = found.pop("position_weights", None), found.pop("kept", None)
+        whole = None if self._whole is None else self._whole[at]
+        return Rows(targets_of(counts, found), ids, columns, weights, kept, whole)
 
 
-def _filled(
-    values: Sequence[Values | None], picks: _Picks, lease: Lease, unknown: float | None = None
+def _positions_of(part: Rows) -> Iterator[tuple[str, Values]]:
+    yield from arrays_of(part.targets)
+    if part.position_weights is not None:
+        yield "position_weights", part.position_weights
+    if part.kept is not None:
+        yield "kept", part.kept
+
+
+def _copied(
+    arrays: Sequence[Values | None],
+    rows: Sequence[tuple[int, int, int, int, int]],
+    total: int,
+    unknown: float | None,
+    lease: Lease,
 ) -> Values:
-    """`picks` of one array a part; where there is none, `unknown`."""
-    like = next(array for array in values if array is not None)
-    width = int(np.prod(like.shape[1:], dtype=np.int64)) * picks.span
-    out = lease.empty((picks.total, width), like.dtype)
-    for array, source, place in zip(values, picks.source, picks.place, strict=True):
-        if array is None:
-            out[place] = unknown
-            continue
-        rows = array.reshape(-1, width) if width else array.reshape(len(array), 0)
-        if width * out.itemsize >= LONG_ROW:
-            for to, at in zip(place.tolist(), source.tolist(), strict=True):
-                out[to] = rows[at]
-        elif width == 1:
-            out[place, 0] = np.take(rows[:, 0], source)
-        else:
-            out[place] = np.take(rows, source, axis=0)
-    return out.reshape(picks.total * picks.span, *like.shape[1:])
+    """Of each row (part, first, last, to, end) the positions [first, last), at [to, end)."""
+    like = next(array for array in arrays if array is not None)
+    out = lease.empty((total, *like.shape[1:]), like.dtype)
+    for part, first, last, to, end in rows:
+        array = arrays[part]
+        out[to:end] = unknown if array is None else array[first:last]
+    return out
 
 
 class _Column:
@@ -194,21 +209,19 @@ class _Column:
     def __init__(self, arrays: list[pa.Array]) -> None:
         self._arrays = arrays
         self._joined: pa.Array | None = None
-        lengths = np.array([len(array) for array in arrays], np.int64)
-        self._starts = np.cumsum(lengths) - lengths
         size = sum(array.nbytes for array in arrays)
-        self._long = size >= LONG_VALUE * int(lengths.sum())
+        self._long = size >= LONG_VALUE * sum(map(len, arrays))
 
-    def gather(self, which: Int64s, index: Int64s) -> pa.Array:
+    def gather(self, which: Int64s, index: Int64s, at: Int64s) -> pa.Array:
         try:
             if self._long and len(which):
                 pairs = zip(which.tolist(), index.tolist(), strict=True)
                 return pa.concat_arrays([self._arrays[part].slice(at, 1) for part, at in pairs])
             if self._joined is None:
-                self._joined = pa.concat_arrays(self._arrays)
+                self._joined, self._arrays = pa.concat_arrays(self._arrays), []
         except pa.ArrowInvalid as error:
             raise BadInputError(
                 f"a window's rows do not fit into one Arrow array ({error}): choose a smaller "
                 "shuffle_rows"
             ) from error
-        return self._joined.take(pa.array(self._starts[which] + index))
+        return pc.take(self._joined, pa.array(at), boundscheck=False)

@@ -15,7 +15,7 @@ class Held:
     """Row groups that stay in memory, mapped or at hand as long as this lives.
 
     Args:
-        entries: each of those that are read of, once.
+        entries: each of those that are read of, once, rising.
         loaded: their row groups, by number.
         groups: of the plan.
         fresh: gives the rows of a row group whose records are gone.
@@ -30,11 +30,7 @@ class Held:
     ) -> None:
         self._entries = entries
         self._loaded, self._groups, self._fresh = dict(loaded), groups, fresh
-        groups_in_order = np.array(list(loaded), np.int64)
-        self._numbers = np.argsort(groups_in_order)
-        self._sorted = groups_in_order[self._numbers]
-        self._known: dict[int, Int64s] | None = None
-        self._parts = Parts(list(loaded.values()))
+        self._join()
 
     @property
     def row_bytes(self) -> float:
@@ -54,28 +50,39 @@ class Held:
             for group, found in self._loaded.items():
                 if isinstance(found, Records):
                     self._loaded[group] = self._fresh(group)
-            self._parts = Parts(list(self._loaded.values()))
-            self._known = None
+            self._join()
             return self._parts.gather(*self._places(entries, rows))
+
+    def _join(self) -> None:
+        groups, parts = list(self._loaded), list(self._loaded.values())
+        numbers = {group: number for number, group in enumerate(groups)}
+        of_entries = self._groups.of_all(self._entries).tolist()
+        self._numbers = np.array([numbers[group] for group in of_entries], np.int64)
+        places = [
+            self._place(entry, parts[number])
+            for entry, number in zip(self._entries.tolist(), self._numbers.tolist(), strict=True)
+        ]
+        self._table: Int64s | None = None
+        if any(place is not None for place in places):
+            sizes = [len(parts[n]) for n in self._numbers.tolist()]
+            full = [
+                np.arange(size) if place is None else place
+                for place, size in zip(places, sizes, strict=True)
+            ]
+            lengths = np.array([len(place) for place in full], np.int64)
+            self._table, self._firsts = np.concatenate(full), np.cumsum(lengths) - lengths
+        self._parts = Parts(parts)
+        if not self._parts.on_disk:
+            self._loaded = {}  # joined: what is not kept elsewhere is free from here on
 
     def _places(self, entries: Int64s, rows: Int64s) -> tuple[Int64s, Int64s]:
         """Which part each row is in, and where."""
-        index = np.array(rows, np.int64)
-        if self._known is None:
-            found = {entry: self._place(entry) for entry in self._entries.tolist()}
-            self._known = {entry: place for entry, place in found.items() if place is not None}
-        if self._known:
-            order = np.argsort(entries, kind="stable")
-            needed, starts = np.unique(entries[order], return_index=True)
-            for entry, start, stop in zip(needed, starts, [*starts[1:], len(order)], strict=True):
-                if (place := self._known.get(int(entry))) is not None:
-                    at = order[start:stop]
-                    index[at] = place[index[at]]
-        groups = self._groups.of_all(entries)
-        return self._numbers[np.searchsorted(self._sorted, groups)], index
+        found = np.searchsorted(self._entries, entries)
+        index = rows if self._table is None else self._table[self._firsts[found] + rows]
+        return self._numbers[found], index
 
-    def _place(self, entry: int) -> Int64s | None:
+    def _place(self, entry: int, part: Rows | Records) -> Int64s | None:
         """Where the entry's rows are in its part; None: they are all of it."""
-        whole = isinstance(self._loaded[self._groups.of(entry)], Records)
+        whole = isinstance(part, Records)
         found = self._groups.rows(entry) if whole else self._groups.places(entry)
         return None if found is None else found.astype(np.int64)

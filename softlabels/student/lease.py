@@ -4,22 +4,25 @@ That takes longer than filling it. Threads that allocate where others free make 
 the C library then gives memory back to the system.
 """
 
+import contextlib
 import math
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 STEP_BYTES = 1 << 20
-"""Blocks are multiples of this, so that the next piece fits where the last one was."""
+"""The smallest block. There are eight sizes to each power of two, so that most fit again."""
 
-MOST_FREE = 8
-"""Blocks kept while nobody uses them."""
+FREE_BYTES = 64 << 20
+"""Of blocks of one size that are kept while nobody uses them."""
 
-_ALIGNMENT = 64
-_free: "deque[npt.NDArray[np.uint8]]" = deque(maxlen=MOST_FREE)
+ALIGNMENT = 64
+"""Bytes, of which the places of arrays are multiples."""
+
+_free: "defaultdict[int, deque[npt.NDArray[np.uint8]]]" = defaultdict(deque)
 
 
 class Lease:
@@ -38,7 +41,7 @@ class Lease:
         # Views of an array refer to the array that owns the memory, not to one another; of this
         # one, which owns none, they refer to itself.
         self._block = np.frombuffer(block.data, np.uint8)
-        weakref.finalize(self._block, _free.append, block).atexit = False
+        weakref.finalize(self._block, _give_back, block).atexit = False
 
     def empty(self, shape: tuple[int, ...], kind: Any) -> npt.NDArray[Any]:
         """An array with anything in it."""
@@ -46,19 +49,37 @@ class Lease:
         start, stop = self._at, self._at + size
         if self._block is None or stop > len(self._block) or not size:
             return np.empty(shape, kind)
-        self._at = stop + -stop % _ALIGNMENT
+        self._at = stop + -stop % ALIGNMENT
         found: npt.NDArray[Any] = self._block[start:stop].view(kind).reshape(shape)
+        return found
+
+    def copy(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The values in an array of their own."""
+        found = self.empty(values.shape, values.dtype)
+        found[...] = values
         return found
 
 
 def _found(nbytes: int) -> npt.NDArray[np.uint8]:
     """A free block that is large enough and not twice too large; else a new one."""
-    for _ in range(len(_free)):
+    size = least = _rounded(nbytes)
+    while size < 2 * least:
         try:
-            block = _free.pop()  # the one used last: it may still be in the processor's caches
-        except IndexError:  # another thread was quicker
-            break
-        if nbytes <= len(block) <= 2 * nbytes + STEP_BYTES:
-            return block
-        _free.appendleft(block)
-    return np.empty(nbytes + -nbytes % STEP_BYTES, np.uint8)
+            return _free[size].pop()  # the one used last: it may still be in the caches
+        except IndexError:
+            size = _rounded(size + 1)
+    return np.empty(least, np.uint8)
+
+
+def _rounded(nbytes: int) -> int:
+    step = 1 << (nbytes - 1).bit_length() - 4
+    return nbytes + -nbytes % step
+
+
+def _give_back(block: npt.NDArray[np.uint8]) -> None:
+    # Without a lock: the collector may call this in the midst of anything, and processes fork.
+    free = _free[len(block)]
+    free.append(block)
+    if len(block) * len(free) > max(FREE_BYTES, 2 * len(block)):
+        with contextlib.suppress(IndexError):  # another thread was quicker
+            free.popleft()

@@ -22,7 +22,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 from softlabels.errors import BadInputError
 from softlabels.student import flat
@@ -253,7 +252,7 @@ class LocalCache:
     def _reserve(self, descriptor: int, size: int) -> bool:
         """Gives the file its size, when there is room or can be made: from then on it counts."""
         with self._counted() as counter:
-            text = counter.read(32)
+            text = os.pread(counter, 32, 0)
             used = int(text) if text.isdigit() else self._limit
             if used + _on_disk(size) > self._limit:
                 # What is counted may be more than is there: processes die, files are damaged.
@@ -268,17 +267,20 @@ class LocalCache:
                     f"(its bound is {self._limit} bytes): the rest is decoded every epoch; "
                     f"{BYTES} sets the bound"
                 )
-            counter.truncate(0)
-            counter.write(str(used).encode())
+            # As wide as ever: a file that is cut first goes to the disk when it is closed.
+            os.pwrite(counter, b"%020d" % used, 0)
             return fits
 
     @contextlib.contextmanager
-    def _counted(self) -> Iterator[IO[bytes]]:
-        """The file that counts all bytes, for this thread of all processes alone."""
-        with self._lock, open(self._folder / "lock", "a+b") as counter:
-            fcntl.flock(counter, fcntl.LOCK_EX)
-            counter.seek(0)
-            yield counter
+    def _counted(self) -> Iterator[int]:
+        """The open file that counts all bytes, for this thread of all processes alone."""
+        with self._lock:
+            counter = os.open(self._folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+            try:
+                fcntl.flock(counter, fcntl.LOCK_EX)
+                yield counter
+            finally:
+                os.close(counter)
 
     def _make_room(self, size: int) -> int:
         """Removes the least recently used shards that nobody reads; what is left, in bytes."""

@@ -22,10 +22,10 @@ class MetricsLog:
     epoch and evaluation.
     """
 
-    def __init__(self, out: Path, every: int) -> None:
+    def __init__(self, out: Path, every: int, writes: bool = True) -> None:
         self.last: dict[str, Any] = {}
         self._path = out / NAME
-        self._every = every
+        self._every, self._writes = every, writes
         self._totals: dict[str, Any] = {}
         self._tokens: int | None = None
         self._clear()
@@ -33,7 +33,8 @@ class MetricsLog:
 
     def resume(self, step: int, state: Mapping[str, Any] | None) -> None:
         """Cuts the file after `step`, and takes the sums of an unfinished line from `state`."""
-        self._cut(step)
+        if self._writes:
+            self._cut(step)
         if state is not None:
             self._count = int(state["count"])
             self._totals = {name: state["totals"][name] for name in _SUMS}
@@ -85,9 +86,11 @@ class MetricsLog:
         return True
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends a line."""
+        """Appends a line, unless another process writes."""
         if "loss" in line:
             self.last = dict(line)
+        if not self._writes:
+            return
         with storage_errors("write", str(self._path)), open(self._path, "a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -13,13 +13,18 @@ from softlabels.plan import ENTRIES, Plan, join_entries
 from softlabels.plan_entries import MEMBER, MEMBERS, num_members, one_array, to_ints
 from softlabels.student.members import slot_plan
 from softlabels.student.stream import Batch, Stream
+from softlabels.student.zipped import SourceFiles
 from softlabels.targets import to_numpy
 
 Mask = npt.NDArray[np.bool_]
 
 
 def each_row_once(
-    plan: Plan, batch_size: int, columns: Sequence[str], roots: Mapping[str, str] | None
+    plan: Plan,
+    batch_size: int,
+    columns: Sequence[str],
+    roots: Mapping[str, str] | None,
+    source: SourceFiles | None = None,
 ) -> Iterator[Batch]:
     """Batches of the plan in its order; a row that several entries take comes once.
 
@@ -45,7 +50,13 @@ def each_row_once(
         )
     once = dataclasses.replace(plan, entries=rows_once(plan.entries))
     stream = Stream(
-        once, batch_size=batch_size, epochs=1, shuffle=False, columns=tuple(columns), roots=roots
+        once,
+        batch_size=batch_size,
+        epochs=1,
+        shuffle=False,
+        columns=tuple(columns),
+        roots=roots,
+        source=source,
     )
     return iter(stream)
 

@@ -1,24 +1,30 @@
 """The order of an epoch: a pure function of plan, seed and epoch, never of who reads it.
 
-Entries, repeats expanded, are permuted within their stage and cut into windows of about
-`shuffle_rows` rows; the rows of a window are permuted. So a reader needs one window in memory,
-and finds any position of any epoch from the entries' sizes alone.
+Stages come one after the other. Within a stage each source has its items (readings of entries,
+repeats expanded) permuted and cut into blocks, whose rows are permuted; sources take turns as
+`interleave` says, so that any prefix of a stage holds each within one row of its share. A block
+ends with the item that brings it to the source's share of `shuffle_rows`: a reader needs one block
+of each source in memory, and decodes no item twice. The first blocks are shorter, so that those of
+different sources end in turn. Any position of any epoch is found from the entries' sizes alone.
+
+How far from a shuffle of all rows that is, `pipelines.streaming.shuffle` measures.
 """
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from softlabels.errors import BadInputError
+from softlabels.fingerprint import sha256_json
+from softlabels.student.interleave import Interleave, interleave
 
 STREAMS = 64
 """Canonical streams: position p belongs to stream p mod 64, and ranks own whole streams."""
-
-VERSION = 1
-"""Of the order. Another version reads another order from the same plan and seed."""
 
 Int64s = npt.NDArray[np.int64]
 
@@ -35,50 +41,142 @@ def permutation(n: int, **key: object) -> Int64s:
     return np.argsort(draws, kind="stable").astype(np.int64)
 
 
-@dataclass(frozen=True, eq=False)
-class EpochOrder:
-    """Where each position of one epoch is.
+@dataclass(frozen=True)
+class Place:
+    """Which block: stage and source, as numbers from 0, and its own among the source's."""
 
-    An item is one reading of an entry: an entry with repeats is several items.
+    stage: int
+    source: int
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Rows of one source that are shuffled among each other; n of them.
 
     Attributes:
-        items: int64 [M], the entry of each item, in reading order.
+        positions: int64 [n], rising: where they are in the epoch.
+        entries: int64 [n].
+        rows: int64 [n], which of those that the entry takes.
+    """
+
+    positions: Int64s
+    entries: Int64s
+    rows: Int64s
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The positions [start, stop) of an epoch, all of which are in `blocks`, one of each source."""
+
+    start: int
+    stop: int
+    blocks: tuple[Place, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Items:
+    """The items of one source of a stage in reading order, cut into B blocks.
+
+    Attributes:
+        items: int64 [M], the entry of each item.
         sizes: int64 [M], rows of each item.
-        first_items: int64 [W + 1], items before each window.
-        starts: int64 [W + 1], positions before each window; the last is the epoch's rows.
-        key: what permutes the rows of a window; None leaves them in order.
+        first_items: int64 [B + 1], items before each block.
+        starts: int64 [B + 1], rows before each block; the last is the source's rows.
+        first_block: blocks of the epoch before its own.
     """
 
     items: Int64s
     sizes: Int64s
     first_items: Int64s
     starts: Int64s
-    key: dict[str, object] | None
+    first_block: int
 
     @property
-    def num_windows(self) -> int:
-        """W."""
+    def num_blocks(self) -> int:
+        """B."""
         return len(self.starts) - 1
 
-    def window_at(self, position: int) -> int:
-        """The number of the window that holds a position."""
-        return int(np.searchsorted(self.starts, position, side="right")) - 1
 
-    def window(self, number: int) -> tuple[Int64s, Int64s]:
-        """The entry, and the row among those it takes, at each position of a window.
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """Positions from `start` on, and the sources that share them."""
 
-        Returns:
-            two int64 [n] arrays, n the window's rows.
-        """
-        items = slice(int(self.first_items[number]), int(self.first_items[number + 1]))
-        sizes = self.sizes[items]
-        total = int(sizes.sum())
-        entries = np.repeat(self.items[items], sizes)
-        rows = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    start: int
+    sources: tuple[Items, ...]
+    turns: Interleave
+
+
+@dataclass(frozen=True, eq=False)
+class EpochOrder:
+    """Where each position of one epoch is.
+
+    Attributes:
+        stages: those with rows.
+        rows: of the epoch.
+        key: what permutes the rows of a block; None leaves them in order.
+    """
+
+    stages: tuple[Stage, ...]
+    rows: int
+    key: dict[str, object] | None
+
+    def segment(self, position: int) -> Segment:
+        """The positions from `position` to where the first block of those there ends."""
+        number = int(np.searchsorted(self._starts, position, side="right")) - 1
+        stage = self.stages[number]
+        counts = stage.turns.counts(position - stage.start)
+        places, stop = [], self.rows
+        for source, (own, count) in enumerate(zip(stage.sources, counts, strict=True)):
+            if count == own.starts[-1]:
+                continue
+            block = int(np.searchsorted(own.starts, count, side="right")) - 1
+            places.append(Place(number, source, block))
+            end = int(own.starts[block + 1])
+            last = stage.start + int(stage.turns.positions(source, end - 1, end)[0])
+            stop = min(stop, last + 1)
+        return Segment(position, stop, tuple(places))
+
+    def segments(self, position: int = 0) -> Iterator[Segment]:
+        """All segments from a position on."""
+        while position < self.rows:
+            segment = self.segment(position)
+            yield segment
+            position = segment.stop
+
+    def block(self, place: Place) -> Block:
+        """The rows of a block."""
+        stage = self.stages[place.stage]
+        own = stage.sources[place.source]
+        items = slice(*(int(n) for n in own.first_items[place.number : place.number + 2]))
+        start, stop = (int(n) for n in own.starts[place.number : place.number + 2])
+        sizes = own.sizes[items]
+        entries = np.repeat(own.items[items], sizes)
+        rows = np.arange(stop - start) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        positions = stage.turns.positions(place.source, start, stop) + stage.start
         if self.key is None:
-            return entries, rows
-        order = permutation(total, window=number, **self.key)
-        return entries[order], rows[order]
+            return Block(positions, entries, rows)
+        order = permutation(stop - start, window=own.first_block + place.number, **self.key)
+        return Block(positions, entries[order], rows[order])
+
+    def read(self, start: int, stop: int) -> tuple[Int64s, Int64s]:
+        """The entry, and the row among those it takes, at each of the positions [start, stop)."""
+        found = np.empty((2, stop - start), np.int64)
+        done: set[Place] = set()
+        for segment in self.segments(start):
+            if segment.start >= stop:
+                break
+            for place in set(segment.blocks) - done:
+                block = self.block(place)
+                first, last = np.searchsorted(block.positions, (start, stop))
+                at = block.positions[first:last] - start
+                found[:, at] = block.entries[first:last], block.rows[first:last]
+            done.update(segment.blocks)
+        return found[0], found[1]
+
+    @cached_property
+    def _starts(self) -> Int64s:
+        return np.array([stage.start for stage in self.stages], np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +190,8 @@ class Order:
         repeats: int [E], times an epoch.
         seed: of the permutations.
         shuffle: False: entries in plan order within a stage, repeats one after the other.
-        shuffle_rows: a window ends with the item that brings it to this many rows.
+        shuffle_rows: of a stage, that are shuffled among each other at a time.
+        sources: int [E], rising within a stage, of each entry; None: a stage is one source.
     """
 
     fingerprint: str
@@ -102,49 +201,103 @@ class Order:
     seed: int
     shuffle: bool
     shuffle_rows: int
+    sources: npt.NDArray[Any] | None = None
 
     @property
     def rows_per_epoch(self) -> int:
         """Rows an epoch, repeats counted."""
-        return int((self.num_rows.astype(np.int64) * self.repeats).sum())
+        return int(self._reads.sum())
+
+    @property
+    def most_sources(self) -> int:
+        """Sources that take turns in a stage, where they are most."""
+        return max(map(len, self._sources), default=0)
+
+    @property
+    def identity(self) -> dict[str, int | str]:
+        """What another order must have in common with this one to be the same; under 300 bytes.
+
+        Order 1 knew no sources: where each stage has one, it is this order still.
+        """
+        several = self.most_sources > 1
+        found: dict[str, int | str] = {
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "shuffle": int(self.shuffle),
+            "shuffle_rows": self.shuffle_rows,
+            "version": 2 if several else 1,
+        }
+        if several:
+            shares = [[int(self._reads[entries].sum()) for entries in own] for own in self._sources]
+            found["sources"] = sha256_json(shares)[:16]
+        return found
 
     def epoch(self, epoch: int) -> EpochOrder:
         """The order of one epoch."""
         key: dict[str, object] = {
-            "order": VERSION,
+            "order": self.identity["version"],
             "plan": self.fingerprint,
             "seed": self.seed,
             "epoch": epoch,
         }
-        items, stage_ends = self._items(key)
-        sizes = self.num_rows.astype(np.int64)[items]
-        first_items = _cut_windows(sizes, stage_ends, self.shuffle_rows)
-        starts = np.concatenate([[0], np.cumsum(sizes)])[first_items]
-        return EpochOrder(items, sizes, first_items, starts, key if self.shuffle else None)
+        found: list[Stage] = []
+        start = blocks = 0
+        for own, turns in zip(self._sources, self._turns, strict=True):
+            rows = [int(self._reads[entries].sum()) for entries in own]
+            sequences = []
+            for number, entries in enumerate(own):
+                items = self._items(entries, number, key)
+                limit = -(-self.shuffle_rows * rows[number] // sum(rows))
+                first = -(-limit * (number + 1) // len(own))
+                sequences.append(_cut(items, self._sizes[items], first, limit, blocks))
+                blocks += sequences[-1].num_blocks
+            found.append(Stage(start, tuple(sequences), turns))
+            start += sum(rows)
+        return EpochOrder(tuple(found), start, key if self.shuffle else None)
 
-    def _items(self, key: dict[str, object]) -> tuple[Int64s, list[int]]:
-        # An entry without rows is no item, so that every window holds a row.
-        repeats = np.where(self.num_rows > 0, self.repeats, 0)
-        parts, ends = [np.zeros(0, np.int64)], [0]
-        for stage in np.unique(self.stages):
-            entries = np.flatnonzero(self.stages == stage)
-            items = np.repeat(entries, repeats[entries])
-            if self.shuffle:
-                items = items[permutation(len(items), stage=int(stage), **key)]
-            parts.append(items)
-            ends.append(ends[-1] + len(items))
-        return np.concatenate(parts), ends[1:]
+    def _items(self, entries: Int64s, source: int, key: Mapping[str, object]) -> Int64s:
+        items: Int64s = np.repeat(entries, self.repeats[entries])
+        if not self.shuffle:
+            return items
+        more = {"source": source} if source else {}
+        stage = int(self.stages[entries[0]])
+        return np.asarray(items[permutation(len(items), stage=stage, **more, **key)])
+
+    @cached_property
+    def _sizes(self) -> Int64s:
+        return self.num_rows.astype(np.int64)
+
+    @cached_property
+    def _reads(self) -> Int64s:
+        return np.asarray(self._sizes * self.repeats)
+
+    @cached_property
+    def _sources(self) -> list[list[Int64s]]:
+        """Of each stage, of each of its sources, the entries; those without rows are of none."""
+        used = np.flatnonzero(self._reads > 0)
+        mixed = self.shuffle and self.sources is not None
+        sources = np.asarray(self.sources)[used] if mixed else np.zeros(len(used), np.int64)
+        stages = self.stages[used]
+        return [
+            [used[here & (sources == source)] for source in np.unique(sources[here])]
+            for here in (stages == stage for stage in np.unique(stages))
+        ]
+
+    @cached_property
+    def _turns(self) -> list[Interleave]:
+        return [interleave([int(self._reads[e].sum()) for e in own]) for own in self._sources]
 
 
-def _cut_windows(sizes: Int64s, stage_ends: list[int], shuffle_rows: int) -> Int64s:
-    ends = np.cumsum(sizes)
+def _cut(items: Int64s, sizes: Int64s, first: int, limit: int, first_block: int) -> Items:
+    """Blocks that end with the item that brings them to `limit` rows, the first one to `first`."""
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    full = np.minimum(np.searchsorted(ends, ends[:-1] + limit), len(items))
+    full[0] = min(int(np.searchsorted(ends, first)), len(items))
     firsts = [0]
-    for stage_end in stage_ends:
-        while firsts[-1] < stage_end:
-            before = int(ends[firsts[-1] - 1]) if firsts[-1] else 0
-            full = int(np.searchsorted(ends, before + shuffle_rows)) + 1
-            firsts.append(min(full, stage_end))
-    return np.array(firsts, np.int64)
+    while firsts[-1] < len(items):
+        firsts.append(int(full[firsts[-1]]))
+    first_items = np.array(firsts, np.int64)
+    return Items(items, sizes, first_items, ends[first_items], first_block)
 
 
 def owned_positions(start: int, stop: int, rank: int, world_size: int) -> Int64s:

@@ -27,6 +27,7 @@ from softlabels.student.records import GoneError, Records
 from softlabels.student.rows import Rows
 from softlabels.student.ruled import keep_positions
 from softlabels.student.tempered import at_own, stored_temperature
+from softlabels.student.zipped import SourceFiles
 from softlabels.targets import Ints, SoftTargets
 
 LOCAL_THREADS = max(1, min(4, (os.cpu_count() or 1) // 2))
@@ -57,6 +58,7 @@ class Reader:
         tracked: keep in mind which positions the rules left, for further teachers' rows.
         local: where decoded row groups may lie ready; None: nowhere.
         fill: whether to put there what is decoded.
+        source: where columns are that tables do not carry.
 
     Raises:
         BadInputError: a column is not in a table.
@@ -74,6 +76,7 @@ class Reader:
         tracked: bool = False,
         local: LocalCache | None = None,
         fill: bool = False,
+        source: SourceFiles | None = None,
     ) -> None:
         contents = {name: table.contents for name, table in plan.tables.items()}
         self._rules = {name: table.positions for name, table in plan.tables.items()}
@@ -81,7 +84,8 @@ class Reader:
         columns = list(dict.fromkeys(columns))
         asked = [float(t) for t in dict.fromkeys(temperatures) if t != 1]
         check_label_space(contents)
-        _check_columns(contents, columns)
+        if source is None:
+            _check_columns(contents, columns)
         self._own, self._stored, needed = {}, {}, {}
         for name, table in plan.tables.items():
             own, stored = _temperatures(table, asked)
@@ -93,7 +97,7 @@ class Reader:
         self.draws = min(drawn)[0] if len(drawn) == 1 else 0
         self._groups = Groups(plan)
         self._files = Files(plan, roots)
-        decoder = Decoder(plan, self._files, columns, self.draws, needed)
+        decoder = Decoder(plan, self._files, columns, self.draws, needed, source)
         self._source = Source(self._files, decoder, local, fill)
         remote = any(not self._files.is_local(name) for name in plan.tables)
         self._threads = REMOTE_THREADS if remote else LOCAL_THREADS

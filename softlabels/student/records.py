@@ -97,13 +97,20 @@ def interleaved(values: Sequence[npt.NDArray[Any]], counts: Ints) -> npt.NDArray
         counts: int32 [B], positions of each row.
     """
     flat = [np.ascontiguousarray(one).reshape(len(one), -1).view(np.uint8) for one in values]
-    if not len(counts):
-        return np.zeros(0, np.uint8)
+    size = sum(one.nbytes for one in flat)
+    out: npt.NDArray[np.uint8] = Lease(size).empty((size,), np.uint8)
+    if not size:
+        return out
     if counts.min() == counts.max():
-        return np.concatenate([one.reshape(len(counts), -1) for one in flat], axis=1).reshape(-1)
+        rows, at = out.reshape(len(counts), -1), 0
+        for one in flat:
+            width = one.size // len(counts)
+            rows[:, at : at + width] = one.reshape(len(counts), width)
+            at += width
+        return out
     edges = np.concatenate([[0], np.cumsum(counts)]).tolist()
     parts = [one[a:b].reshape(-1) for a, b in itertools.pairwise(edges) for one in flat]
-    return np.concatenate(parts)
+    return np.concatenate(parts, out=out)
 
 
 class RecordReader:

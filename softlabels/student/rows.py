@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -54,6 +55,11 @@ class Rows:
         arrays = [self.example_ids, *self.columns.values()]
         return sum(int(value.nbytes) for value in [*values, *arrays])
 
+    @cached_property
+    def _edges(self) -> npt.NDArray[np.int64]:
+        """Positions before each row, int64 [B + 1]: batches are cut of the same rows in turn."""
+        return np.concatenate([[0], np.cumsum(self.targets.num_positions, dtype=np.int64)])
+
     def take(self, index: Index) -> Self:
         """The rows `index`, in that order; a row may come twice."""
         picked = pa.array(index)
@@ -72,17 +78,17 @@ class Rows:
 
     def slice(self, start: int, stop: int) -> Self:
         """The rows [start, stop), without a copy."""
-        targets, rows = self.targets.slice(start, stop), slice(start, stop)
-        first = int(self.targets.num_positions[:start].sum())
-        positions = slice(first, first + len(targets.ids))
+        rows = slice(start, stop)
+        positions = slice(int(self._edges[start]), int(self._edges[stop]))
+        counts = self.targets.num_positions[rows]
         return type(self)(
-            targets,
+            self.targets.map_positions(positions, counts),
             self.example_ids.slice(start, stop - start),
             {n: values.slice(start, stop - start) for n, values in self.columns.items()},
             _at(self.position_weights, positions),
             _at(self.kept, positions),
             _at(self.whole, rows),
-            tuple(soft.slice(start, stop) for soft in self.others),
+            tuple(soft.map_positions(positions, counts) for soft in self.others),
             _at(self.member_weights, rows),
         )
 

@@ -10,33 +10,52 @@ out/student.json           written last: the run is finished when it is there
 
 import importlib.metadata
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from softlabels.errors import BadInputError, DataError, one_line
-from softlabels.fingerprint import sha256_bytes
+from softlabels.errors import DataError
+from softlabels.fingerprint import sha256_bytes, sha256_json
 from softlabels.imports import load_object, source_sha256
 from softlabels.plan import Plan
 from softlabels.storage import open_root
 from softlabels.student import checkpoint
 from softlabels.student.batch import Decode, LabelSpace, label_space
-from softlabels.student.causal import Forward
+from softlabels.student.build import (
+    autocast_dtype,
+    build_student,
+    columns_of,
+    compile_student,
+    load_decode,
+    load_maker,
+    make_optimizer,
+    open_source,
+    pick_device,
+)
+from softlabels.student.causal import LanguageModel
 from softlabels.student.checkpoint import STUDENT
 from softlabels.student.evaluate import evaluate, make_forward
 from softlabels.student.fit import tokenizer_of
+from softlabels.student.group import Group
+from softlabels.student.making import InputStream
 from softlabels.student.metrics import MetricsLog
-from softlabels.student.pretrained import build_language_model, leave_folder
-from softlabels.student.sequences import COLUMNS
-from softlabels.student.spec import OptimizerSpec, RunSpec, StudentSpec
-from softlabels.student.stream import Stream
+from softlabels.student.pretrained import leave_folder
+from softlabels.student.profile import Clock, profile
+from softlabels.student.sequences import COLUMNS, row_slices
+from softlabels.student.sharding import copied, gathered, own_part, placed, sharded, whole
+from softlabels.student.spec import RunSpec
+from softlabels.student.step import Figures, Loss
+from softlabels.student.stream import Batch, Stream
+from softlabels.student.zipped import SourceFiles
 
 RESULT = "student.json"
 CHECKPOINTS = "checkpoints"
+SPARE_ROWS = 8
 
 
 @dataclass
@@ -45,35 +64,49 @@ class Run:
 
     Attributes:
         spec: what to do.
+        group: the processes of the run; only rank 0 writes.
+        plan: what it reads.
         model: the student, on `device`.
         decode: makes its input from carried columns; None: it takes sequences.
-        forward: its call on a batch.
-        stream: gives batches, from where the run is.
+        source: where columns are that tables do not carry; None: they carry all.
+        loss: the student's call on a batch with its loss, spread over the ranks.
+        stream: gives this rank's part of batches, from where the run is.
         optimizer: over the student's trained parameters.
         log: metrics.jsonl.
         lineage: what checkpoints and student.json say of where the student comes from.
         evaluation_plan: None: no evaluation.
         space: what its classes or tokens are.
         device: where the student is.
+        clock: what the time is spent on.
         total: steps of the whole run.
         step: steps done.
         epoch: of the last step, from 0.
+        begun: steps that were done when this process began.
+        saved: step of the newest checkpoint; 0: there is none.
+        spare: some rows, for steps in which this rank has none.
     """
 
     spec: RunSpec
+    group: Group
+    plan: Plan
     model: nn.Module
     decode: Decode | None
-    forward: Forward
-    stream: Stream
+    source: SourceFiles | None
+    loss: nn.Module
+    stream: Stream | InputStream
     optimizer: torch.optim.Optimizer
     log: MetricsLog
     lineage: Mapping[str, Any]
     evaluation_plan: Plan | None
     space: LabelSpace
     device: torch.device
+    clock: Clock
     total: int
     step: int = 0
     epoch: int = 0
+    begun: int = 0
+    saved: int = 0
+    spare: Batch | None = None
 
     @classmethod
     def prepare(
@@ -83,54 +116,121 @@ class Run:
         evaluation_plan: Plan | None,
         model: nn.Module | None,
         decode: Decode | None,
+        group: Group | None = None,
+        exact_clock: bool = False,
     ) -> Self:
         """The run before its first step. Seeds torch, then builds the student, in this order."""
-        temperature = spec.loss.temperature
+        group = group or Group()
         space = label_space(plan, "the plan")
-        stream = Stream(
-            plan,
-            batch_size=spec.batch_size,
-            seed=spec.seed,
-            epochs=spec.epochs,
-            columns=spec.inputs.columns if space.alignment is None else COLUMNS,
-            temperatures=() if temperature == 1 else (temperature,),
-            roots=plan.roots_of(spec.roots),
-        )
-        decode = (decode or load_decode(spec)) if space.alignment is None else None
+        source = open_source(spec, evaluation_plan)
+        stream = make_stream(spec, plan, group, source)
         device = pick_device(spec.device)
+        plain, maker = decode, None
+        if space.alignment is None:
+            plain = decode or load_decode(spec)
+            maker = load_maker(spec, plain, device)
+        decode = None if maker is None else maker.decode
         torch.manual_seed(spec.seed)
         model = build_student(spec, space.num_classes) if model is None else model
         model.to(device)
+        lineage = _lineage(spec, plan, model, plain)
+        clock = Clock(device, exact_clock)
+        forward = make_forward(model, space, decode, device, spec.loss.fused, clock)
+        if group.size > 1 and spec.distributed == "fsdp" and isinstance(forward, LanguageModel):
+            # All ranks must make the same calls of a sharded student.
+            forward.look_only_at(first_rows(spec, plan, source))
+        if spec.compile:
+            compile_student(model)
+        loss = Loss(model, forward, spec.loss, device, autocast_dtype(spec.autocast, device), clock)
         return cls(
             spec=spec,
+            group=group,
+            plan=plan,
             model=model,
             decode=decode,
-            forward=make_forward(model, space, decode, device, spec.loss.fused),
-            stream=stream,
+            source=source,
+            loss=loss,
+            stream=InputStream(stream, maker, spec.inputs.threads) if maker else stream,
             optimizer=make_optimizer(spec.optimizer, model),
-            log=MetricsLog(Path(spec.out), spec.log_every),
-            lineage=_lineage(spec, plan, model, decode),
+            log=MetricsLog(Path(spec.out), spec.log_every, writes=group.rank == 0),
+            lineage=lineage,
             evaluation_plan=evaluation_plan,
             space=space,
             device=device,
+            clock=clock,
             total=spec.steps or (spec.epochs or 0) * stream.batches_per_epoch,
         )
+
+    def spread(self) -> None:
+        """Shares the student out among the ranks; every rank must call it, before `restore`."""
+        if self.sharded:
+            self.loss = sharded(self.loss)
+            # Sharding has given the student other parameters.
+            self.optimizer = make_optimizer(self.spec.optimizer, self.model)
+        elif self.group.size > 1:
+            self.loss = copied(self.loss)
 
     def restore(self, saved: checkpoint.Checkpoint | None) -> None:
         """Puts the run where `saved` left it; None: at the start."""
         if saved is None:
             self.log.resume(0, None)
             return
-        checkpoint.load_weights(self.model, saved.student, f"checkpoint {str(saved.path)!r}")
+        student = placed(saved.student, self.model.state_dict())
+        checkpoint.load_weights(self.model, student, f"checkpoint {str(saved.path)!r}")
         checkpoint.load_optimizer(self.model, self.optimizer, saved.optimizer)
         self.stream.load_state_dict(saved.state["stream"])
         self.step, self.epoch = int(saved.state["step"]), int(saved.state["epoch"])
+        self.begun = self.saved = self.step
         self.log.resume(self.step, saved.state["log"])
         checkpoint.restore_random_state(saved.state["random"])
 
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks hold parts of the student."""
+        return self.group.size > 1 and self.spec.distributed == "fsdp"
+
+    def spare_rows(self) -> Batch:
+        """Some rows for a step in which this rank has none: of another step, or the plan's."""
+        if self.spare is None:
+            self.spare = first_rows(self.spec, self.plan, self.source)
+        return self.spare
+
+    def keep_spare(self, batch: Batch) -> None:
+        """Has `spare_rows` give some of these, where there may come a step without."""
+        if self.group.size > 1 and len(batch):
+            self.spare, _ = next(row_slices(batch, SPARE_ROWS))
+
+    def draw_anew(self) -> None:
+        """Seeds a rank's random numbers for this step, so that ranks differ and a stop is nothing.
+
+        A run of one process draws on, and its checkpoints hold where it was.
+        """
+        if self.group.size > 1:
+            digest = sha256_json([self.spec.seed, self.step, self.group.rank, "step"])
+            torch.manual_seed(int(digest[:15], 16))
+
+    def note(self, found: Figures) -> None:
+        """Counts the step that was just done in the metrics."""
+        self.log.add(
+            {"step": self.step, "epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"]},
+            loss=found.loss,
+            kl=found.kl if math.isfinite(found.kl) else None,
+            hard_ce=found.hard,
+            rows=found.rows,
+            waited=found.waited,
+            tokens=found.tokens,
+        )
+
     def save(self) -> Path:
-        """A new checkpoint of the run as it is now; DataError when a parameter is not finite."""
+        """A new checkpoint of the run as it is now, by rank 0; every rank must call it.
+
+        Raises:
+            DataError: a parameter is not finite.
+            StorageError: it cannot be written.
+        """
         self._require_finite()
+        student = whole(self.model.state_dict())
+        optimizer = whole(checkpoint.optimizer_tensors(self.model, self.optimizer))
         state = {
             **self.lineage,
             "step": self.step,
@@ -139,151 +239,107 @@ class Run:
             "log": self.log.state_dict(),
             "random": checkpoint.random_state(),
         }
-        return checkpoint.save(
-            Path(self.spec.out) / CHECKPOINTS,
-            self.step,
-            self.model.state_dict(),
-            checkpoint.optimizer_tensors(self.model, self.optimizer),
-            state,
-            self.spec.checkpoint.keep,
-        )
+        folder, keep = Path(self.spec.out) / CHECKPOINTS, self.spec.checkpoint.keep
+        self.saved = self.step
+
+        def save() -> str:
+            return str(checkpoint.save(folder, self.step, student, optimizer, state, keep))
+
+        return Path(self.group.first(save))
 
     def evaluate(self) -> dict[str, Any] | None:
-        """The student's figures now, also written to the metrics; None without such a plan."""
+        """The student's figures now, also written to the metrics; None without such a plan.
+
+        Every rank reads the whole plan: a sharded student needs them all, and a copied one is
+        done no sooner than the slowest.
+        """
         if self.evaluation_plan is None:
             return None
-        found = evaluate(
-            self.model,
-            self.evaluation_plan,
-            self.decode,
-            self.spec.inputs.columns,
-            batch_size=self.spec.evaluate.batch_size if self.spec.evaluate is not None else None,
-            roots=self.evaluation_plan.roots_of(self.spec.roots),
-            device=self.device,
-            fused=self.spec.loss.fused,
-        ).as_dict()
+        with gathered(self.loss):
+            found = evaluate(
+                self.model,
+                self.evaluation_plan,
+                self.decode,
+                columns_of(self.spec),
+                batch_size=self.spec.evaluate.batch_size if self.spec.evaluate else None,
+                roots=self.evaluation_plan.roots_of(self.spec.roots),
+                device=self.device,
+                fused=self.spec.loss.fused,
+                source=self.source,
+            ).as_dict()
         figures = {name: value for name, value in found.items() if name != "bins"}
         self.log.write({"step": self.step, "epoch": self.epoch, "evaluation": figures})
         return found
 
     def finish(self) -> tuple[Path, dict[str, Any]]:
-        """The finished student's file and record; the record is written last.
+        """The finished student's file and record; the record is written last, by rank 0.
 
         Raises:
             DataError: a parameter is not finite.
         """
         self._require_finite()
-        root = open_root(self.spec.out)
         record = {
             **self.lineage,
             "steps": self.step,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "train": self.log.last,
+            "time": profile(self.clock.stop(), self.step - self.begun),
             "evaluation": self.evaluate(),
         }
-        data = checkpoint.tensor_bytes(self.model.state_dict())
+        student = whole(self.model.state_dict())
+        record = self.group.first(lambda: self._leave(student, record))
+        return Path(self.spec.out) / STUDENT, record
+
+    def _leave(self, student: Mapping[str, Tensor], record: dict[str, Any]) -> dict[str, Any]:
+        root, data = open_root(self.spec.out), checkpoint.tensor_bytes(student)
         root.write(STUDENT, data)
         left = leave_folder(Path(self.spec.out), self.model, tokenizer_of(self.spec))
         record["student_sha256"] = sha256_bytes(data)
         record["files_sha256"] = {name: sha256_bytes(root.read(name)) for name in left}
         record["sha256"] = checkpoint.record_sha256(record)  # of all but itself
         root.write(RESULT, json.dumps(record, indent=1).encode())
-        return Path(self.spec.out) / STUDENT, record
+        return record
 
     def _require_finite(self) -> None:
         # A finite loss may still make a step that overflows; it must not replace a good checkpoint.
-        for name, parameter in self.model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise DataError(
-                    f"step {self.step}: parameter {name!r} is not finite after it, so nothing was "
-                    "saved and earlier checkpoints stay: lower optimizer.lr"
-                )
+        def look() -> None:
+            for name, parameter in self.model.named_parameters():
+                if not bool(torch.isfinite(own_part(parameter)).all()):
+                    raise DataError(
+                        f"step {self.step}: parameter {name!r} is not finite after it, so nothing "
+                        "was saved and earlier checkpoints stay: lower optimizer.lr"
+                    )
+
+        self.group.together(look)
 
 
-def build_student(spec: RunSpec, num_classes: int | None = None) -> nn.Module:
-    """A new student as the spec says: its start weights, or from torch's random numbers.
-
-    Args:
-        spec: names it.
-        num_classes: V, for a language model whose config does not say.
-
-    Raises:
-        BadInputError: the spec names none, what it names makes no module, or there are no such
-            weights.
-        MismatchError: the weights are another module's.
-    """
-    if spec.student is None:
-        raise BadInputError("student: the spec names none: add student.module, or hand in a module")
-    found = _built(spec.student, num_classes)
-    if spec.student.weights is not None:
-        weights = checkpoint.read_weights(spec.student.weights)
-        checkpoint.load_weights(found, weights, repr(spec.student.weights))
-    return found
-
-
-def _built(asked: StudentSpec, num_classes: int | None) -> nn.Module:
-    if asked.module is None:
-        kind: Literal["causal_lm", "masked_lm"] = "causal_lm" if asked.causal_lm else "masked_lm"
-        assert asked.language_model is not None
-        return build_language_model(asked.language_model, kind, num_classes)
-    build = load_object(asked.module)
-    try:
-        found = build(**asked.arguments)
-    except TypeError as error:
-        raise BadInputError(
-            f"student.arguments {dict(asked.arguments)!r} do not fit {asked.module!r}: {error}"
-        ) from error
-    if not isinstance(found, nn.Module):
-        raise BadInputError(
-            f"student.module {asked.module!r}: expected a torch.nn.Module, found {type(found)!r}"
-        )
-    return found
+def make_stream(
+    spec: RunSpec,
+    plan: Plan,
+    group: Group,
+    source: SourceFiles | None = None,
+    batch_size: int | None = None,
+) -> Stream:
+    """The stream of a run: a rank's part of each of its batches."""
+    temperature = spec.loss.temperature
+    classes = label_space(plan, "the plan").alignment is None
+    return Stream(
+        plan,
+        batch_size=batch_size or spec.batch_size,
+        seed=spec.seed,
+        epochs=spec.epochs,
+        columns=columns_of(spec) if classes else COLUMNS,
+        temperatures=() if temperature == 1 else (temperature,),
+        roots=plan.roots_of(spec.roots),
+        rank=group.rank,
+        world_size=group.size,
+        source=source,
+    )
 
 
-def load_decode(spec: RunSpec) -> Decode:
-    """The decode function that the spec names.
-
-    Raises:
-        BadInputError: it names none, or there is none.
-    """
-    if spec.inputs.decode is None:
-        raise BadInputError(
-            "inputs.decode: the spec names none: add it, or hand in a decode function"
-        )
-    return load_object(spec.inputs.decode)
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device that a spec's `device` means.
-
-    Raises:
-        BadInputError: torch knows no such device, or this machine has none.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = one_line(error)[:120]
-        raise BadInputError(f"device {name!r} is not here: {reason}") from error
-    return device
-
-
-def make_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
-    """The spec's optimiser over every parameter that asks for a gradient.
-
-    Raises:
-        BadInputError: the student has none.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise BadInputError("student: no parameter asks for a gradient: nothing can be trained")
-    if spec.name == "sgd":
-        return torch.optim.SGD(
-            parameters, spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
-        )
-    return torch.optim.AdamW(parameters, spec.lr, weight_decay=spec.weight_decay)
+def first_rows(spec: RunSpec, plan: Plan, source: SourceFiles | None = None) -> Batch:
+    """The first rows of a run, at most SPARE_ROWS, whole on every rank."""
+    return next(iter(make_stream(spec, plan, Group(), source, SPARE_ROWS)))
 
 
 def _lineage(spec: RunSpec, plan: Plan, model: nn.Module, decode: Decode | None) -> dict[str, Any]:
@@ -313,6 +369,11 @@ def _lineage(spec: RunSpec, plan: Plan, model: nn.Module, decode: Decode | None)
             "student": f"{type(model).__module__}:{type(model).__qualname__}",
             "student_sha256": source_sha256(type(model)),
             "decode_sha256": None if decode is None else source_sha256(decode),
+            **{
+                f"{name}_sha256": source_sha256(load_object(path))
+                for name in ("augment", "transform")
+                if (path := getattr(spec.inputs, name)) is not None
+            },
         },
         "packages": packages,
         "threads": torch.get_num_threads(),

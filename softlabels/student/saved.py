@@ -15,11 +15,12 @@ from softlabels.plan import Plan
 from softlabels.specs import validate
 from softlabels.student import checkpoint
 from softlabels.student.batch import LabelSpace, label_space
+from softlabels.student.build import build_student, columns_of, load_maker, open_source, pick_device
 from softlabels.student.checkpoint import STUDENT
 from softlabels.student.evaluate import Evaluation, evaluate
-from softlabels.student.fit import require_student, require_tokens
+from softlabels.student.fit import require_inputs, require_student, require_tokens
 from softlabels.student.pretrained import CONFIG
-from softlabels.student.run import RESULT, build_student, load_decode, pick_device
+from softlabels.student.run import RESULT
 from softlabels.student.spec import LanguageModelSpec, RunSpec
 from softlabels.student.tokens import NAME
 
@@ -124,21 +125,23 @@ def evaluate_saved(spec: RunSpec, plan: Plan, weights: str | None = None) -> Eva
         trained = Contents.model_validate(record["tables"][0]["contents"])
         LabelSpace.of(trained).require(space, "the student", "the evaluation plan")
     require_tokens(spec, plan, "the evaluation plan")
+    require_inputs(spec, plan)
     path = weights or str(Path(spec.out) / STUDENT)
     tensors = checkpoint.read_weights(path)
-    decode = load_decode(spec) if space.alignment is None else None
     device = pick_device(spec.device)
+    decode = load_maker(spec, None, device).decode if space.alignment is None else None
     model = build_student(spec, space.num_classes)
     checkpoint.load_weights(model, tensors, repr(path))
     return evaluate(
         model.to(device),
         plan,
         decode,
-        spec.inputs.columns,
+        columns_of(spec),
         batch_size=spec.evaluate.batch_size if spec.evaluate is not None else None,
         roots=plan.roots_of(spec.roots),
         device=device,
         fused=spec.loss.fused,
+        source=open_source(spec),
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from softlabels.errors import DataError
+from softlabels.student.batch import each_tensor
 from softlabels.student.spec import Normalization
 from softlabels.student.stream import Batch, Member
 from softlabels.targets import Floats, to_numpy
@@ -132,8 +133,13 @@ def row_slices(batch: Batch, rows: int | None) -> Iterator[tuple[Batch, slice]]:
             position_weights=None if own is None else own[places],
             others=tuple(Member(one.targets.slice(start, stop)) for one in batch.others),
             member_weights=None if shares is None else shares[start:stop],
+            inputs=_cut(batch.inputs, slice(start, stop)),
         )
         yield part, places
+
+
+def _cut(inputs: Any, rows: slice) -> Any:
+    return None if inputs is None else each_tensor(inputs, lambda values: values[rows])
 
 
 def _flat(batch: Batch, name: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -18,6 +18,12 @@ Positive = Annotated[int, Field(ge=1)]
 Normalization = Literal["token", "sequence"]
 """Whether every position counts the same, or every sequence."""
 
+Autocast = Literal["auto", "bfloat16", "none"]
+"""What the student computes in where it is safe: "auto" is bfloat16 on a GPU that has it."""
+
+Distributed = Literal["ddp", "fsdp"]
+"""Whether several processes hold the whole student each, or a part of every parameter."""
+
 Fused = Literal["auto", "always", "never"]
 """Whether a language model's logits are made inside the loss, chunk by chunk."""
 
@@ -88,16 +94,34 @@ class StudentSpec(_Settings):
 
 
 class InputSpec(_Settings):
-    """How carried columns become the student's input.
+    """How columns become the student's input.
 
     Attributes:
         decode: import path of `decode(columns: Mapping[str, pyarrow.Array])`, which gives a
-            tensor [B, ...], or a tuple or dict of tensors that the student is called with.
-        columns: carried columns to read.
+            tensor [B, ...], or a tuple or dict of tensors that the student is called with. It may
+            hang on the columns alone.
+        columns: those that it is handed.
+        source: path or fsspec URL of the Parquet files that the teacher labelled, wildcards
+            allowed, or several: columns that a table does not carry come from there.
+        augment: import path of the function that the teacher's augmented views went through, as
+            its capture named it: replays them.
+        transform: import path of `transform(inputs, seeds)`: the student's own augmentation of
+            what decode gave. `seeds`, int64 [B], are of (seed, example, view, epoch).
+        threads: that read ahead and make inputs while the student learns; with more than one,
+            decode and transform are called by several at once. 0: none, the training loop does.
     """
 
     decode: str | None = None
     columns: tuple[str, ...] = ()
+    source: str | tuple[str, ...] = ()
+    augment: str | None = None
+    transform: str | None = None
+    threads: Annotated[int, Field(ge=0, le=64)] = 1
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Each pattern of source files."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 class LossSpec(_Settings):
@@ -205,6 +229,11 @@ class RunSpec(_Settings):
         chat_template: file with the chat template that the student expects; the same.
         device: "auto" takes cuda where there is one; else a torch device such as "cpu".
         threads: for `torch.set_num_threads`; null leaves it. Bits repeat for the same number.
+        autocast: what the student computes in where it is safe, while it learns; its weights stay
+            as they are. "auto": bfloat16 on a GPU that has it, else nothing.
+        compile: whether torch compiles the student: a slow first step, faster ones after it.
+        distributed: how torchrun's processes share the work, where there are several: "ddp" copies
+            the student, "fsdp" (FSDP2) shards it with its gradients and its optimiser.
         log_every: steps that one line of metrics.jsonl sums up.
     """
 
@@ -227,6 +256,9 @@ class RunSpec(_Settings):
     chat_template: str | None = None
     device: str = "auto"
     threads: Positive | None = None
+    autocast: Autocast = "auto"
+    compile: bool = False
+    distributed: Distributed = "ddp"
     log_every: Positive = 10
 
     @classmethod
@@ -250,17 +282,24 @@ class RunSpec(_Settings):
     def identity(self) -> dict[str, Any]:
         """What decides the trained weights, as plain JSON values.
 
-        A run continues only a run of the same identity. Places, device, threads, how the work is
-        cut up and how often it saves, logs or evaluates are left out: a run may move and be
-        watched more closely. The plan counts by its fingerprint, not by its path; a tokenizer or
-        template only has to fit it. Steps count, for the schedule ends there. Files that the
-        student starts from count by their content, where they are on this machine.
+        A run continues only a run of the same identity. Places, device, threads, processes, what
+        is compiled, how the work is cut up and how often it saves, logs or evaluates are left
+        out: a run may move and be watched more closely. The plan counts by its fingerprint, not
+        by its path; a tokenizer or template only has to fit it. Steps count, for the schedule
+        ends there. Files that the student starts from count by their content, where they are on
+        this machine.
         """
         places = {"plan", "roots", "out", "device", "threads", "micro_batch_size"}
+        places |= {"distributed", "compile"}
         checks = {"tokenizer", "chat_template"}
         cadence = {"checkpoint", "evaluate", "log_every"}
         found = self.model_dump(mode="json", exclude=places | checks | cadence)
         found["loss"].pop("fused")
+        # Source files are pinned by the tables' own rows.
+        for name in ("source", "threads"):
+            found["inputs"].pop(name)
+        if self.autocast == "auto":
+            del found["autocast"]
         for kind in ("causal_lm", "masked_lm"):
             if found["student"] and found["student"][kind]:
                 found["student"][kind].pop("gradient_checkpointing")
@@ -311,6 +350,7 @@ def _sha256(file: Path, changed: int, size: int) -> str:
 _KINDS = ("causal_lm", "masked_lm")
 _STARTS = ("config", "checkpoint")
 _LATER: dict[str, dict[str, Any]] = {
+    "inputs": {"augment": None, "transform": None},
     "loss": {"divergence": "forward", "normalization": "token"},
     "student": {"causal_lm": None, "masked_lm": None},
 }

@@ -9,20 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from softlabels.errors import BadInputError, IntegrityError, MismatchError
+from softlabels.errors import BadInputError, MismatchError
 from softlabels.plan import Plan
 from softlabels.student.files import require_roots
 from softlabels.student.localcache import LocalCache, open_cache
 from softlabels.student.members import Members, slot_plan
-from softlabels.student.order import VERSION, Order, check_ranks
+from softlabels.student.order import check_ranks
 from softlabels.student.readahead import ReadAhead
 from softlabels.student.reader import CACHE_BYTES, Reader
 from softlabels.student.rows import Rows
-from softlabels.student.windows import Window, Windows
-from softlabels.targets import Floats, SoftTargets, to_numpy
+from softlabels.student.shares import entry_column, plan_order
+from softlabels.student.windows import Share, Window, Windows
+from softlabels.student.zipped import SourceFiles
+from softlabels.targets import Floats, SoftTargets
 
 DECODED_RATIO = 4
 """Bytes in memory for one in a file, at most, of targets; what decides on a local cache."""
@@ -60,6 +61,7 @@ class Batch:
         others: the further teachers of an ensemble plan; T - 1 of them, none in other plans.
         member_weights: float32 [B, T], what the target of each teacher counts, `targets` first; a
             row's sum is 1. None in plans without ensembles.
+        inputs: what the student is called with, where an `InputStream` has made it; else None.
         epoch: from 0.
         position: rows of this epoch before the batch, over all ranks.
         global_weight: sum of the loss weights over all ranks: what gradients are divided by.
@@ -75,6 +77,7 @@ class Batch:
     position_weights: Floats | None = None
     others: tuple[Member, ...] = ()
     member_weights: Floats | None = None
+    inputs: Any = None
 
     def __len__(self) -> int:
         return len(self.example_ids)
@@ -89,11 +92,11 @@ class Stream:
 
     The plan's position rules are applied: batches hold only the positions that they keep.
 
-    Memory: the row groups of two windows of about `shuffle_rows` rows, the one that is handed out
-    and the next, decoded whole or mapped from the local cache; `read_ahead` + 2 parts of
-    PIECE_BYTES, or of a window where that is less; and `cache_bytes`. A position of 16 stored ids
-    and 16 draws takes 212 bytes, and about 70 in a file: a window of WINDOW_BYTES is 100 MB. In an
-    ensemble plan windows and parts are so for each teacher.
+    Memory: the row groups of two blocks of each source, the one that is handed out and the next,
+    decoded whole or mapped from the local cache: a source's share of `shuffle_rows`, and up to a
+    row group more; `read_ahead` + 2 parts of PIECE_BYTES, or of a block where that is less; and
+    `cache_bytes`. A position of 16 stored ids and 16 draws takes 212 bytes, and about 70 in a file:
+    WINDOW_BYTES of files are 100 MB. In an ensemble plan blocks and parts are so for each teacher.
 
     Args:
         plan: what to read.
@@ -112,11 +115,16 @@ class Stream:
         read_ahead: parts of a window that a thread gathers ahead.
         cache_bytes: decoded data kept in memory, so that later epochs of a small plan cost a gather
             only; those of larger plans are on local disk (`localcache`).
+        worker: the first batch that this stream hands out; for one of several processes that share
+            a rank's batches, as `loader` makes them.
+        workers: of which batches it hands out every so many.
+        source: where columns are that tables do not carry; its rows' bytes decide `window_rows`.
 
     Raises:
         BadInputError: an argument is out of range, the plan has no rows, a column or a root names
             nothing.
-        MismatchError: a temperature is not stored, or tables do not share their label space.
+        MismatchError: a temperature is not stored, tables do not share their label space, or rows
+            are of no file of `source`.
     """
 
     def __init__(
@@ -135,25 +143,24 @@ class Stream:
         shuffle_rows: int | None = None,
         read_ahead: int = 2,
         cache_bytes: int = CACHE_BYTES,
+        worker: int = 0,
+        workers: int = 1,
+        source: SourceFiles | None = None,
     ) -> None:
         check_ranks(rank, world_size)
-        shuffle_rows = window_rows(plan) if shuffle_rows is None else shuffle_rows
-        for name, value in (
-            ("batch_size", batch_size),
-            ("shuffle_rows", shuffle_rows),
-            ("read_ahead", read_ahead),
-        ):
-            if value < 1:
-                raise BadInputError(f"{name}: expected at least 1, found {value!r}")
-        if epochs is not None and epochs < 0:
-            raise BadInputError(f"epochs: expected at least 0, found {epochs!r}")
-        self._order = _order(plan, int(seed), shuffle, shuffle_rows)
-        weights = _column(plan, "loss_weight", np.float32)
+        if not 0 <= worker < workers:
+            raise BadInputError(f"worker: expected 0 to {workers - 1}, found {worker!r}")
+        beside = 0.0 if source is None else source.row_bytes(columns)
+        shuffle_rows = window_rows(plan, beside) if shuffle_rows is None else shuffle_rows
+        _require(1, batch_size=batch_size, shuffle_rows=shuffle_rows, read_ahead=read_ahead)
+        _require(0, epochs=epochs or 0)
+        self._order = plan_order(plan, int(seed), shuffle, shuffle_rows)
+        weights = entry_column(plan, "loss_weight", np.float32)
         if not self.rows_per_epoch:
             raise BadInputError("the plan has no rows: an epoch of it would never end")
         first, several, roots = slot_plan(plan, 0), plan.num_members > 1, dict(roots or {})
         require_roots(plan, roots)
-        local, fill = local_cache(plan, roots, cache_bytes, epochs)
+        local, fill = local_cache(plan, roots, cache_bytes, epochs, beside)
         cache_bytes //= plan.num_members
         ruled = any(table.positions is not None for table in first.tables.values())
         self._reader = Reader(
@@ -165,15 +172,16 @@ class Stream:
             several and ruled,
             local,
             fill,
+            source,
         )
         members = Members(plan, temperatures, roots, cache_bytes, local, fill) if several else None
-        self._windows = Windows(
-            self._order, weights, self._reader, members, rank, world_size, epochs
-        )
+        share = Share(batch_size, rank, world_size, workers)
+        self._windows = Windows(self._order, weights, self._reader, members, share, epochs)
         self._batch_size = batch_size
+        self._worker, self._workers = worker, workers
         self._epochs = epochs
         self._depth = read_ahead
-        self._epoch, self._position = 0, 0
+        self._epoch, self._position = self._after(0, 0, worker)
         self._ahead: ReadAhead[Window] | None = None
         self._waited = 0.0
 
@@ -206,8 +214,19 @@ class Stream:
         return self.batches_per_epoch
 
     def state_dict(self) -> dict[str, int | str]:
-        """Where the stream stands after the last batch handed out, and what decides its order."""
-        return {**self._identity(), "epoch": self._epoch, "position": self._position}
+        """Where the stream stands after the last batch handed out, and what decides its order.
+
+        Below 1 KB, whatever the plan. Of a worker: where the next batch is that it hands out.
+        """
+        found = {**self._order.identity, "epoch": self._epoch, "position": self._position}
+        if self._workers > 1:
+            found |= {"worker": self._worker, "workers": self._workers}
+        return found
+
+    def state_after(self, batch: Batch) -> dict[str, int | str]:
+        """Where a stream of this plan and batch size stands when it has handed out a batch."""
+        epoch, position = self._after(batch.epoch, batch.position, 1)
+        return {**self._order.identity, "epoch": epoch, "position": position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to where another stream of this plan and order stood.
@@ -218,7 +237,7 @@ class Stream:
             MismatchError: plan, seed or shuffling differ, so there is no such place in this order.
             BadInputError: the state lacks an entry, or stands outside of an epoch.
         """
-        identity = self._identity()
+        identity = self._order.identity
         if missing := sorted({*identity, "epoch", "position"} - set(state)):
             raise BadInputError(f"stream state: {missing[0]!r} is missing, found {sorted(state)!r}")
         for name, mine in identity.items():
@@ -234,8 +253,17 @@ class Stream:
                 f"stream state: epoch {epoch!r}, position {position!r} is not a place in epochs of "
                 f"{self.rows_per_epoch} rows"
             )
+        worker = self._worker
+        if "workers" in state:
+            own, theirs = (worker, self._workers), (state.get("worker"), state["workers"])
+            if own != theirs:
+                raise MismatchError(
+                    f"stream state: of worker {theirs[0]!r} of {theirs[1]!r}, this one is {own[0]} "
+                    f"of {own[1]}: expected `stream_state` of the states of all"
+                )
+            worker = 0
         self._end_iteration()
-        self._epoch, self._position = epoch, position
+        self._epoch, self._position = self._after(epoch, position, worker)
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches from the present state on.
@@ -246,9 +274,7 @@ class Stream:
         """
         self._end_iteration()
         begin = (self._epoch, self._position)
-        ahead = ReadAhead(
-            lambda closed: self._windows.read(*begin, self._batch_size, closed), self._depth
-        )
+        ahead = ReadAhead(lambda closed: self._windows.read(*begin, closed), self._depth)
         self._ahead = ahead
         window: Window | None = None
         try:
@@ -257,14 +283,13 @@ class Stream:
                 stop = min(start + self._batch_size, self.rows_per_epoch)
                 pieces = []
                 while start < stop:
-                    if window is None or window.epoch != epoch or window.stop <= start:
+                    while window is None or window.epoch != epoch or window.stop <= start:
                         window = next(ahead)
                     end = min(stop, window.stop)
                     pieces.append(window.cut(start, end))
                     start = end
                 batch = _batch(pieces, epoch, self._position)
-                ended = stop == self.rows_per_epoch
-                self._epoch, self._position = (epoch + 1, 0) if ended else (epoch, stop)
+                self._epoch, self._position = self._after(epoch, self._position, self._workers)
                 yield batch
                 if self._ahead is not ahead:
                     raise BadInputError(
@@ -280,61 +305,45 @@ class Stream:
             self._waited += self._ahead.waited
             self._ahead = None
 
-    def _identity(self) -> dict[str, int | str]:
-        order = self._order
-        return {
-            "version": VERSION,
-            "fingerprint": order.fingerprint,
-            "seed": order.seed,
-            "shuffle": int(order.shuffle),
-            "shuffle_rows": order.shuffle_rows,
-        }
+    def _after(self, epoch: int, position: int, batches: int) -> tuple[int, int]:
+        """The epoch and position so many batches on."""
+        while (left := -(-(self.rows_per_epoch - position) // self._batch_size)) <= batches:
+            epoch, position, batches = epoch + 1, 0, batches - left
+        return epoch, position + batches * self._batch_size
+
+
+def _require(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise BadInputError(f"{name}: expected at least {least}, found {value!r}")
 
 
 def local_cache(
-    plan: Plan, roots: Mapping[str, str], cache_bytes: int, epochs: int | None
+    plan: Plan, roots: Mapping[str, str], cache_bytes: int, epochs: int | None, beside: float = 0.0
 ) -> tuple[LocalCache | None, bool]:
     """The local cache of a stream, and whether it fills it.
 
     None where all is on this machine and its decoded rows fit into memory: then that is the cache.
-    One epoch of local files fills none: writing it would not pay in this run.
+    One epoch of local files fills none: writing it would not pay in this run. `beside` are bytes
+    of a row that come from source files.
     """
     files = {(t.name, file.path): file for t in plan.tables.values() for file in t.files}
     remote = any(not plan.root(name, roots).is_local for name in plan.tables)
-    if not remote and DECODED_RATIO * sum(file.size for file in files.values()) <= cache_bytes:
+    size = sum(file.size + int(beside * file.num_rows) for file in files.values())
+    if not remote and DECODED_RATIO * size <= cache_bytes:
         return None, False
     return open_cache(file.sha256 for file in files.values()), remote or epochs != 1
 
 
-def window_rows(plan: Plan) -> int:
-    """Rows of WINDOW_BYTES in the plan's files, 256 to 65,536: a pure function of the plan."""
+def window_rows(plan: Plan, beside: float = 0.0) -> int:
+    """Rows of WINDOW_BYTES in the plan's files, 256 to 65,536: a pure function of the plan.
+
+    `beside` are bytes of a row that come from source files.
+    """
     files = [file for table in plan.tables.values() for file in table.files]
-    size = sum(file.size for file in files)
+    size = sum(file.size + int(beside * file.num_rows) for file in files)
     rows = WINDOW_BYTES * sum(file.num_rows for file in files) // max(size, 1)
     return min(max(rows, 256), 65_536)
-
-
-def _order(plan: Plan, seed: int, shuffle: bool, shuffle_rows: int) -> Order:
-    order = Order(
-        fingerprint=plan.fingerprint,
-        stages=_column(plan, "stage", np.int32),
-        num_rows=_column(plan, "num_rows", np.int32),
-        repeats=_column(plan, "repeats", np.int32),
-        seed=seed,
-        shuffle=shuffle,
-        shuffle_rows=shuffle_rows,
-    )
-    for name, values in (("num_rows", order.num_rows), ("repeats", order.repeats)):
-        if (values < 0).any():
-            entry = int(np.argmax(values < 0))
-            raise IntegrityError(f"entry {entry} of the plan has {name} {int(values[entry])!r}")
-    return order
-
-
-def _column(plan: Plan, name: str, kind: type[np.generic]) -> npt.NDArray[Any]:
-    chunks = plan.entries[name].chunks
-    parts = [to_numpy(chunk, kind) for chunk in chunks]
-    return np.concatenate([np.zeros(0, kind), *parts])
 
 
 def _batch(pieces: Sequence[tuple[Rows, Floats, float]], epoch: int, position: int) -> Batch:

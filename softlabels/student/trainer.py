@@ -4,8 +4,12 @@
     trained = train(spec)                                  # what the spec names
     trained = train(spec, model=MyStudent(), decode=mine)  # or live objects
 
-Bits repeat on a CPU for the same number of threads: initialisation and dropout draw from torch's
-random numbers, seeded by the spec; a `decode` that draws its own numbers is outside this promise.
+Started by torchrun it is one of several processes, whose steps are those of one on the whole
+batch; each raises what any of them has raised.
+
+Bits repeat on a CPU for the same number of threads and processes: initialisation and dropout draw
+from torch's random numbers, seeded by the spec; a `decode` that draws its own numbers is outside
+this promise. Another number of processes sums in another order, and drops out other units.
 """
 
 import contextlib
@@ -13,6 +17,7 @@ import fcntl
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +25,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from softlabels.errors import BadInputError, DataError, SoftLabelsError, TryAgainError
+from softlabels.errors import DataError, SoftLabelsError, TryAgainError
+from softlabels.plan import Plan
 from softlabels.signals import stop_on_signal
 from softlabels.storage import storage_errors
 from softlabels.student import checkpoint
-from softlabels.student.batch import Decode, labels_and_weights, tails_known, targets_of
+from softlabels.student.batch import Decode
+from softlabels.student.build import pick_device
 from softlabels.student.fit import require_fit
+from softlabels.student.group import Group, joined
 from softlabels.student.losses import DistillationLoss
+from softlabels.student.profile import OPTIMIZER
 from softlabels.student.run import CHECKPOINTS, Run
 from softlabels.student.saved import read_result, require_same, restore_student
-from softlabels.student.sequences import loss_weights, num_tokens, row_slices
+from softlabels.student.sharding import number
 from softlabels.student.spec import OptimizerSpec, RunSpec
+from softlabels.student.step import Figures, Work, figures, learn, take
 from softlabels.student.stream import Batch
-from softlabels.targets import Floats
 
 __all__ = ["Progress", "RunSpec", "Trained", "learning_rate", "require_fit", "train"]
 
@@ -91,43 +100,70 @@ def train(
 
     Raises:
         BadInputError: neither spec nor call gives a student or a decode function, a file that
-            the spec names is not there, or this is one process of several.
+            the spec names is not there.
         MismatchError: plan, student, loss or the run in `out` do not fit each other.
         IntegrityError: the newest checkpoint is damaged.
         DataError: the loss is not finite.
         StorageError: `out` cannot be written.
-        TryAgainError: stopped by SIGTERM or SIGINT, or another process trains into `out`.
+        TryAgainError: stopped by SIGTERM or SIGINT, another process trains into `out`, data or
+            another rank do not answer.
     """
-    _require_alone()
+    with joined(pick_device(spec.device)) as group, threads(spec.threads):
+        with _alone(Path(spec.out), group), stop_on_signal() as stopped:
+            return _train(spec, group, model, decode, report, stopped)
+
+
+def _train(
+    spec: RunSpec,
+    group: Group,
+    model: nn.Module | None,
+    decode: Decode | None,
+    report: Report,
+    stopped: Callable[[], bool],
+) -> Trained:
     out = Path(spec.out)
-    with storage_errors("make", spec.out):
-        (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    with _alone(out), _threads(spec.threads), stop_on_signal() as stopped:
-        plan, evaluation_plan = require_fit(spec)
-        record = read_result(out)
-        if record is not None:
-            require_same(spec, plan, record, f"the run in {spec.out!r}")
-            student = restore_student(out, record, model)
-            return Trained(student, record, already=True)
-        checkpoint.sweep(out / CHECKPOINTS)
-        saved = checkpoint.load_newest(out / CHECKPOINTS)
-        if saved is not None:
-            require_same(spec, plan, saved.state, f"checkpoint {str(saved.path)!r}")
-        run = Run.prepare(spec, plan, evaluation_plan, model, decode)
-        run.restore(saved)
-        _fit(run, stopped, report)
-        student, record = run.finish()
-        return Trained(student, record, already=False)
+    plan, evaluation_plan = group.together(lambda: require_fit(spec))
+    record = group.first(lambda: read_result(out))
+    if record is not None:
+        found = group.together(partial(_finished, spec, plan, record, model))
+        return Trained(found, record, already=True)
+    saved = _newest(spec, plan, group)
+    run = group.together(lambda: Run.prepare(spec, plan, evaluation_plan, model, decode, group))
+    run.spread()
+    run.restore(saved)
+    _fit(run, stopped, report)
+    student, record = run.finish()
+    return Trained(student, record, already=False)
 
 
-def _require_alone() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            raise BadInputError(
-                f"train: expected one process, found a process group of {ranks}: train in one, or "
-                "write the loop yourself with Stream(rank=…), ranks.sum_over_ranks and the losses"
-            )
+def _finished(
+    spec: RunSpec, plan: Plan, record: Mapping[str, Any], model: nn.Module | None
+) -> Path:
+    require_same(spec, plan, record, f"the run in {spec.out!r}")
+    return restore_student(Path(spec.out), record, model)
+
+
+def _newest(spec: RunSpec, plan: Plan, group: Group) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint, which rank 0 alone has to see; None: there is none."""
+    found: list[checkpoint.Checkpoint] = []
+
+    def look() -> tuple[str, Mapping[str, Any]] | None:
+        folder = Path(spec.out) / CHECKPOINTS
+        checkpoint.sweep(folder)
+        saved = checkpoint.load_newest(folder)
+        if saved is None:
+            return None
+        require_same(spec, plan, saved.state, f"checkpoint {str(saved.path)!r}")
+        found.append(saved)
+        return str(saved.path), saved.state
+
+    told = group.first(look)
+    if told is None:
+        return None
+    mine = found[0] if found else None
+    student = group.tensors(mine.student if mine else None)
+    optimizer = group.tensors(mine.optimizer if mine else None)
+    return checkpoint.Checkpoint(Path(told[0]), student, optimizer, told[1])
 
 
 def learning_rate(spec: OptimizerSpec, step: int, total: int) -> float:
@@ -140,148 +176,117 @@ def learning_rate(spec: OptimizerSpec, step: int, total: int) -> float:
 
 
 def _fit(run: Run, stopped: Callable[[], bool], report: Report) -> None:
-    """Steps until the last, or until a signal."""
-    spec, waited = run.spec, run.stream.waited_seconds
+    """Steps until the last, until a signal to any rank, or until data cannot be read."""
+    spec, batches = run.spec, iter(run.stream)
     run.model.train()
     run.log.go_on()
-    for batch in run.stream:
-        parts = _learn(run, batch)
-        lr = learning_rate(spec.optimizer, run.step, run.total)
-        _update(run, lr, batch, parts)
-        run.step, run.epoch = run.step + 1, batch.epoch
-        _log(run, batch, parts, lr, run.stream.waited_seconds - waited)
-        waited = run.stream.waited_seconds
-        report(Progress(run.step, run.total, float(parts.loss), run.log.last))
+    run.clock.clear()
+    while True:
+        found = step_once(run, _next(run, batches), stopped)
+        run.note(found)
+        report(Progress(run.step, run.total, found.loss, run.log.last))
         if run.step == run.total:
             return
         if spec.evaluate is not None and run.step % spec.evaluate.every == 0:
             run.evaluate()
-        if (stop := stopped()) or run.step % spec.checkpoint.every == 0:
+        # Alone, a signal that came since the figures counts, too; ranks have to agree.
+        stop = found.stop or (run.group.size == 1 and stopped())
+        if stop or run.step % spec.checkpoint.every == 0:
             run.save()
         if stop:
-            raise TryAgainError(
-                f"stopped by a signal after step {run.step} of {run.total}; nothing is lost, the "
-                f"same command goes on from there ({spec.out!r})"
-            )
+            raise _stopped(run)
         run.log.go_on()
 
 
-def _learn(run: Run, batch: Batch) -> DistillationLoss:
-    """Leaves a batch's gradients in the student; its loss and parts, detached, [N].
+def step_once(run: Run, work: Work, stopped: Callable[[], bool]) -> Figures:
+    """One step of the optimiser on every rank's rows, and what it came to.
 
-    Micro-batches share the normalizer of the whole step, so their gradients add up to the batch's.
+    Raises:
+        DataError: loss or gradient is not finite; the step is not taken.
     """
-    run.optimizer.zero_grad()
-    normalizer, weights = batch.global_weight, None
-    if run.space.alignment is not None:
-        weights = loss_weights(batch, run.spec.loss.normalization)
-        normalizer = float(weights.sum(dtype=np.float64))
-    parts = []
-    for piece, positions in row_slices(batch, run.spec.micro_batch_size):
-        mine = None if weights is None else weights[positions]
-        part = _forward(run, piece, mine, normalizer)
-        part.loss.backward()  # type: ignore[no-untyped-call]
-        parts.append(part._replace(loss=part.loss.detach()))
-    if len(parts) == 1:
-        return parts[0]
-    hard = [part.hard for part in parts if part.hard is not None]
-    return DistillationLoss(
-        torch.stack([part.loss for part in parts]).sum(),
-        torch.cat([part.kl for part in parts]),
-        torch.cat(hard) if hard else None,
-    )
+    run.draw_anew()
+    parts = learn(run, work)
+    found = figures(run, work, parts, stopped())
+    _update(run, work.batch, parts, found.loss)
+    run.step, run.epoch = run.step + 1, work.batch.epoch
+    return found
 
 
-def _forward(run: Run, batch: Batch, weights: Floats | None, normalizer: float) -> DistillationLoss:
-    """The loss of a micro-batch; `weights` float32 [N], None: those of its rows."""
-    loss = run.spec.loss
-    # Hard labels alone need no tail mode, and so no draws.
-    tail = loss.tail if loss.kd_weight else "bucket"
-    targets = None  # those of unknown tails serve hard labels only
-    if loss.kd_weight or tails_known(batch):
-        targets = targets_of(batch, loss.temperature, run.device, tail == "sampled")
-    labels, own = labels_and_weights(batch, run.device, weights)
-    with _users_code(run, batch):
-        outputs = run.forward(batch)
-    return outputs.loss(
-        targets,
-        tail=tail,
-        divergence=loss.divergence,
-        temperature=loss.temperature,
-        kd_weight=loss.kd_weight,
-        labels=labels,
-        weights=own,
-        normalizer=normalizer,
-        validate=batch.epoch == 0,  # later epochs bring the same rows
-    )
-
-
-@contextlib.contextmanager
-def _users_code(run: Run, batch: Batch) -> Iterator[None]:
-    """One line where the student or its decode fails, such as batch norm on a single row."""
+def _next(run: Run, batches: Iterator[Batch]) -> Work:
+    """A step's rows; where they cannot be read all that was learnt is saved first."""
     try:
-        yield
+        return take(run, batches)
     except SoftLabelsError:
+        if run.step > run.saved:
+            run.save()
         raise
-    except Exception as error:
-        first, last = batch.example_ids[0].as_py(), batch.example_ids[-1].as_py()
-        raise DataError(
-            f"step {run.step + 1}: the student or its decode failed on {len(batch)} rows, "
-            f"{first!r} to {last!r}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
 
 
-def _update(run: Run, lr: float, batch: Batch, parts: DistillationLoss) -> None:
+def _stopped(run: Run) -> TryAgainError:
+    error = TryAgainError(
+        f"stopped by a signal after step {run.step} of {run.total}; nothing is lost, the same "
+        f"command goes on from there ({run.spec.out!r})"
+    )
+    error.told_elsewhere = run.group.rank > 0
+    return error
+
+
+def _update(run: Run, batch: Batch, parts: DistillationLoss, loss: float) -> None:
     """One optimiser step, unless loss or gradient is not finite."""
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, run.spec.optimizer.clip_norm or math.inf)
-    if not math.isfinite(float(parts.loss + norm)):
-        bad = ~torch.isfinite(parts.kl)
+    with run.clock.part(OPTIMIZER):
+        parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+        norm = number(
+            nn.utils.clip_grad_norm_(parameters, run.spec.optimizer.clip_norm or math.inf)
+        )
+        if not math.isfinite(loss + norm):
+            _refuse(run, batch, parts, loss, norm)
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(run.spec.optimizer, run.step, run.total)
+        run.optimizer.step()
+
+
+def _refuse(run: Run, batch: Batch, parts: DistillationLoss, loss: float, norm: float) -> None:
+    """Raises on all ranks; the one that has the rows, if one has, names them."""
+    bad = ~torch.isfinite(parts.kl)
+    mine = bool(bad.any()) or not math.isfinite(float(parts.loss))
+
+    def refuse() -> None:
         at = torch.where(bad if bad.any() else torch.ones_like(bad))[0].cpu().numpy()
         ends = np.cumsum(batch.targets.num_positions)
         rows = np.unique(np.searchsorted(ends, at, side="right"))[:3].tolist()
         raise DataError(
-            f"step {run.step + 1}: loss is {float(parts.loss)!r} and the gradient's norm "
-            f"{float(norm)!r}, expected finite numbers; first seen in examples "
+            f"step {run.step + 1}: loss is {loss!r} and the gradient's norm {norm!r}, expected "
+            "finite numbers; first seen in examples "
             f"{[batch.example_ids[row].as_py() for row in rows]!r}; the step was not taken and "
             "earlier checkpoints stay: lower optimizer.lr, or look at these rows"
         )
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.step()
 
-
-def _log(run: Run, batch: Batch, parts: DistillationLoss, lr: float, waited: float) -> None:
-    labels, hard = batch.targets.label_ids, None
-    if labels is not None and parts.hard is not None:
-        hard = float(parts.hard.sum()) / max(1, int((labels >= 0).sum()))
-    kl = float(parts.kl.mean())
-    run.log.add(
-        {"step": run.step, "epoch": batch.epoch, "lr": lr},
-        loss=float(parts.loss),
-        kl=kl if math.isfinite(kl) else None,
-        hard_ce=hard,
-        rows=len(batch.example_ids),
-        waited=waited,
-        tokens=None if run.space.alignment is None else num_tokens(batch),
-    )
+    someone = run.group.gather([mine]).any()
+    run.group.together(refuse if mine or not someone else lambda: None)
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Holds `out` for this process; the lock goes with the process, however that ends."""
-    with storage_errors("write", str(out)):
-        file = open(out / ".lock", "w")  # noqa: SIM115
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TryAgainError(f"another process trains into {str(out)!r}") from error
+def _alone(out: Path, group: Group) -> Iterator[None]:
+    """Has rank 0 hold `out`; the lock goes with the process, however that ends."""
+    with contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            with storage_errors("make", str(out)):
+                (out / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            with storage_errors("write", str(out)):
+                file = held.enter_context(open(out / ".lock", "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TryAgainError(f"another process trains into {str(out)!r}") from error
+
+        group.first(hold)
         yield
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
+    """Has torch use as many threads; None: as many as it does."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

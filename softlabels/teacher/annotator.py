@@ -10,10 +10,12 @@ import pyarrow as pa
 
 from softlabels.errors import DataError
 from softlabels.fingerprint import key64
-from softlabels.lineage import Contents, TeacherLineage
+from softlabels.imports import load_object, source_sha256
+from softlabels.lineage import Augmentation, Contents, TeacherLineage
 from softlabels.targets import Ints, SoftTargets, to_numpy
 from softlabels.teacher.extract import extract
 from softlabels.teacher.models import TorchTeacher, load_teacher
+from softlabels.teacher.source import VIEW
 from softlabels.teacher.spec import CaptureSpec
 
 
@@ -67,6 +69,19 @@ class Annotator(Protocol):
         """
 
 
+def view_seed(seed: int, example_id: str, view: int) -> int:
+    """What an augmented view is made from: below 2^53, which any reader of JSON holds exactly."""
+    return key64("view", seed, example_id, view) >> 11
+
+
+def _augmentation(path: str | None) -> Augmentation | None:
+    if path is None:
+        return None
+    return Augmentation(
+        function=path.rpartition(":")[2], code_sha256=source_sha256(load_object(path))
+    )
+
+
 class Classifier:
     """A torch module that labels one distribution a row."""
 
@@ -91,9 +106,10 @@ class Classifier:
             draws_temperature=spec.draws_temperature,
             temperatures=spec.temperatures,
             profile=spec.profile,
-            carried=spec.carry,
+            carried=spec.carried,
             example_ids="content" if spec.source.example_id is None else "column",
             seed=spec.seed,
+            augment=_augmentation(spec.source.augment),
         )
 
     def weigh(self, batch: pa.RecordBatch) -> npt.NDArray[np.int64]:
@@ -107,17 +123,25 @@ class Classifier:
         spec = self._spec
         labels = self._labels(batch, names)
         inputs = {name: batch[name] for name in spec.source.columns}
+        views, columns, seeds = [0] * len(names), {}, None
+        if spec.source.views:
+            views = batch[VIEW].to_pylist()
+            seeds = np.array([view_seed(spec.seed, *row) for row in zip(names, views, strict=True)])
+            params = pa.array(seeds).cast(pa.string())
+            columns = {VIEW: batch[VIEW], "view_params": params}
         targets = extract(
-            self._teacher.logits(inputs, list(names)),
+            self._teacher.logits(inputs, list(names), seeds),
             k=spec.k,
             labels=labels,
             temperatures=spec.temperatures,
             draws=spec.draws,
             draws_temperature=spec.draws_temperature,
-            draw_keys=np.array([key64(spec.seed, name, 0) for name in names], np.uint64),
+            draw_keys=np.array(
+                [key64(spec.seed, *row) for row in zip(names, views, strict=True)], np.uint64
+            ),
         )
         advance(len(names))
-        return Annotated(targets)
+        return Annotated(targets, columns)
 
     def _labels(self, batch: pa.RecordBatch, names: Sequence[str]) -> Ints | None:
         column = self._spec.source.label

@@ -164,7 +164,7 @@ def _look_for_missing(
     lacking[found.repeated] = False
     for batch in table.batches(["example_id", "view"]):
         lacking &= ~np.isin(found.keys, row_keys(batch))
-    deleted = lacking & np.isin(found.keys, deleted_keys(table.root))
+    deleted = lacking & np.isin(found.examples, deleted_keys(table.root))
     report.missing = int((lacking & ~deleted).sum())
     if any(file.compacted for file in table.files):
         for unit in left:

@@ -18,11 +18,12 @@ class Elsewhere:
         here: bool [source rows], whether the table has the example from another run.
         deleted: bool [source rows], whether it was deleted from the table, for good.
 
-    Where an example comes several times in the source, the first time stands for all.
+    Where an example comes several times in the source, the first time stands for all; `deleted` is
+    set at each.
     """
 
-    def __init__(self, run: str, keys: Keys) -> None:
-        self._run = run
+    def __init__(self, run: str, keys: Keys, examples: Keys) -> None:
+        self._run, self._examples = run, examples
         self._order = np.argsort(keys, kind="stable")
         self._sorted = keys[self._order]
         self._looked_at: Table | None = None
@@ -32,8 +33,8 @@ class Elsewhere:
     def learn(self, table: Table) -> None:
         """Looks at what is in `table`, and deleted from it, that was not looked at before."""
         self.learn_files(table)
-        self.deleted[:] = False
-        self.deleted[self._rows_of(deleted_keys(table.root))] = True
+        deleted = deleted_keys(table.root)
+        self.deleted[:] = np.isin(self._examples, deleted) if len(deleted) else False
 
     def learn_files(self, table: Table) -> None:
         """As `learn`, but the files alone."""

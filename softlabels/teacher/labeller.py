@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from softlabels.errors import BadInputError, DataError, one_line
 from softlabels.fingerprint import sha256_json
 from softlabels.lineage import RunLineage
-from softlabels.schema import table_schema
+from softlabels.schema import POSITION, table_schema
 from softlabels.storage import open_root
 from softlabels.store import shards
 from softlabels.store.table import Table
@@ -42,9 +42,9 @@ class Labeller:
         self.run = run
         self._annotator = annotator
         source = run.source.schema
-        self.schema = table_schema(
-            run.spec.temperatures, [source.field(name) for name in run.spec.carry]
-        )
+        made = {field.name: field for field in POSITION if field.name in run.made_columns}
+        carried = [made.get(name) or source.field(name) for name in run.contents.carried]
+        self.schema = table_schema(run.spec.temperatures, carried)
 
     def table(self) -> Table | None:
         """The table that the spec names; None when it is still to be made.
@@ -99,7 +99,9 @@ class Labeller:
             keep: bool [unit rows], those to label.
             advance: told after each forward pass how many more rows are done; may raise.
         """
-        batches = self.run.source.batches(unit.start, unit.stop, self.run.read_columns)
+        batches = self.run.source.batches(
+            unit.start, unit.stop, self.run.read_columns, self.run.made_columns
+        )
         for batch in _rebatch(_filter(batches, keep), self._annotator):
             yield self._label(batch, unit.start, advance)
 
@@ -147,7 +149,9 @@ class Labeller:
             "view": pa.array(np.zeros(len(names), np.int32)),
             **stored,
             **found.columns,
-            **{name: _carried(batch, self.schema.field(name)) for name in spec.carry},
+            **{
+                name: _carried(batch, self.schema.field(name)) for name in self.run.contents.carried
+            },
         }
         return pa.RecordBatch.from_arrays(
             [

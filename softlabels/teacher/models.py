@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from safetensors import SafetensorError
@@ -20,6 +22,9 @@ from softlabels.teacher.spec import CaptureSpec
 
 _BUILDING = threading.Lock()
 
+Augment = Callable[[Any, npt.NDArray[np.int64]], Any]
+"""Inputs of B rows, as decode gives them, and a seed of each, int64 [B], to other inputs."""
+
 
 class TorchTeacher:
     """A torch module in evaluation mode with the decode function that feeds it."""
@@ -31,28 +36,39 @@ class TorchTeacher:
         num_classes: int,
         device: torch.device,
         lineage: TeacherLineage,
+        augment: Augment | None = None,
     ) -> None:
         self.lineage = lineage
         self.num_classes = num_classes
         self.device = device
         self.module = module.to(device).eval()
-        self._decode = decode
+        self._decode, self._augment = decode, augment
 
     @torch.inference_mode()
-    def logits(self, columns: Mapping[str, pa.Array], names: list[str]) -> Tensor:
+    def logits(
+        self,
+        columns: Mapping[str, pa.Array],
+        names: list[str],
+        seeds: npt.NDArray[np.int64] | None = None,
+    ) -> Tensor:
         """Logits of rows, float [B, V] on the teacher's device.
 
         Args:
             columns: the source columns of B rows.
             names: their example ids, for messages.
+            seeds: int64 [B], of the augmented views that they are; None: they are plain.
 
         Raises:
             MismatchError: the module gives another shape than [B, num_classes].
-            DataError: decode or the module fails, or a logit is NaN or +inf; names the example.
+            DataError: decode, augment or the module fails, or a logit is NaN or +inf; names the
+                example.
         """
         rows = f"in examples {names[0]!r} to {names[-1]!r}"
         with _failures(f"decode failed {rows}"):
             inputs = self._decode(columns)
+        if seeds is not None and self._augment is not None:
+            with _failures(f"augment failed {rows}"):
+                inputs = self._augment(inputs, seeds)
         if not isinstance(inputs, Tensor):
             raise DataError(f"decode gave {type(inputs).__name__} {rows}, expected a tensor")
         with _failures(f"the teacher failed {rows}"):
@@ -108,7 +124,8 @@ def load_teacher(spec: CaptureSpec) -> TorchTeacher:
         decode_sha256=source_sha256(decode),
     )
     device = pick_device(spec.device)
-    return TorchTeacher(module, decode, spec.teacher.num_classes, device, lineage)
+    augment = None if spec.source.augment is None else load_object(spec.source.augment)
+    return TorchTeacher(module, decode, spec.teacher.num_classes, device, lineage, augment)
 
 
 @contextlib.contextmanager

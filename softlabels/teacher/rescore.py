@@ -161,7 +161,7 @@ def _stored(
     table: Table, files: Sequence[TableFile], live: pa.Table
 ) -> tuple[pa.Table, npt.NDArray[np.int64]]:
     """Rows of `files` that are in `live` too, and the place of each there."""
-    wanted = live["example_id"].combine_chunks()
+    wanted = _names(live["example_id"], live["view"]).combine_chunks()
     left = np.ones(len(wanted), bool)
     parts, places = [], []
     for file in files:
@@ -170,8 +170,8 @@ def _stored(
         opened = shards.open_shard(table.root.buffer(file.path), file.path)
         for group in range(opened.num_row_groups):
             keys = shards.read_row_groups(opened, file.path, [group], ["example_id", "view"])
-            at = pc.fill_null(pc.index_in(keys["example_id"], value_set=wanted), -1)
-            place = np.where(np.array(keys["view"]) == 0, np.array(at, np.int64), -1)
+            names = _names(keys["example_id"], keys["view"])
+            place = np.array(pc.fill_null(pc.index_in(names, value_set=wanted), -1), np.int64)
             rows = np.flatnonzero((place >= 0) & left[place])
             if len(rows):
                 batch = shards.read_row_groups(opened, file.path, [group])
@@ -181,6 +181,11 @@ def _stored(
     if not parts:
         return live.slice(0, 0), np.zeros(0, np.int64)
     return pa.Table.from_batches(parts), np.concatenate(places)
+
+
+def _names(examples: Any, views: Any) -> Any:
+    """One text for each (example, view)."""
+    return pc.binary_join_element_wise(examples, pc.cast(views, pa.string()), "\0")
 
 
 def _targets(rows: pa.Table, contents: Contents) -> SoftTargets:

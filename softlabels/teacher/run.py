@@ -19,10 +19,10 @@ import pyarrow as pa
 from softlabels.errors import DataError, one_line
 from softlabels.fingerprint import key64, sha256_json
 from softlabels.lineage import Contents
-from softlabels.schema import FORMAT_VERSION
+from softlabels.schema import FORMAT_VERSION, POSITION
 from softlabels.teacher.annotator import Annotator, Classifier
 from softlabels.teacher.recorded.spec import ImportSpec
-from softlabels.teacher.source import Source, open_source
+from softlabels.teacher.source import VIEW, Source, open_source
 from softlabels.teacher.spec import CaptureSpec, SequenceCaptureSpec
 
 Keys = npt.NDArray[np.uint64]
@@ -118,6 +118,8 @@ class Run:
             identity["columns"] = list(source.columns)
             identity["example_id"] = source.example_id
             identity["label"] = source.label
+            if source.views:
+                identity["views"] = source.views
         return sha256_json(identity)
 
     @cached_property
@@ -134,6 +136,14 @@ class Run:
     def read_columns(self) -> list[str]:
         """Every source column that the run needs, each once."""
         return self.columns.all
+
+    @property
+    def made_columns(self) -> list[str]:
+        """What `source` has to say of where rows come from."""
+        if not isinstance(self.spec, CaptureSpec):
+            return []
+        positions = [field.name for field in POSITION] if self.spec.carry_position else []
+        return [VIEW] * (self.spec.source.views > 0) + positions
 
 
 def columns_of(spec: Spec) -> Columns:
@@ -178,6 +188,8 @@ def prepare(
         source, contents, annotator = prepare_sequences(spec, advance)
         return Run(spec, source, contents), annotator
     opened = open_source(spec.source.files, columns_of(spec).all)
+    if spec.source.views:
+        opened = dataclasses.replace(opened, views=tuple(range(1, spec.source.views + 1)))
     classifier = Classifier(spec)
     return Run(spec, opened, classifier.contents()), classifier
 
@@ -190,21 +202,24 @@ class Scan:
         keys: uint64 [rows], key64 of (example_id, view) of every source row.
         repeated: int64, rows whose example came before, rising; they are not labelled again.
         relabelled: how many of these have another hard label than the first.
+        examples: uint64 [rows], key64 of (example_id, 0): by which examples are deleted.
     """
 
     keys: Keys
     repeated: npt.NDArray[np.int64]
     relabelled: int
+    examples: Keys
 
 
 def scan(run: Run, advance: Callable[[int], None] = lambda rows: None) -> Scan:
-    """Reads ids, inputs and labels of the whole source once, 32 bytes of memory a row.
+    """Reads ids, inputs and labels of the whole source once, 40 bytes of memory a row and view.
 
     Raises:
         DataError: one id has two contents, or an id or an input is null.
     """
-    rows = run.source.num_rows
-    keys, contents, labels = (np.zeros(rows, np.uint64) for _ in range(3))
+    views, rows = run.source.views, run.source.rows_of_view
+    keys = np.zeros((len(views), rows), np.uint64)
+    examples, contents, labels = (np.zeros(rows, np.uint64) for _ in range(3))
     spec = run.columns
     columns = dataclasses.replace(spec, carried=()).all
     row = 0
@@ -212,14 +227,17 @@ def scan(run: Run, advance: Callable[[int], None] = lambda rows: None) -> Scan:
         part = slice(row, row + batch.num_rows)
         _require_text(run, batch, row)
         names = example_ids(run, batch, row)
-        keys[part] = [key64(name, 0) for name in names]
+        examples[part] = [key64(name, 0) for name in names]
+        for number, view in enumerate(views):
+            keys[number, part] = [key64(name, view) for name in names] if view else examples[part]
         if spec.example_id is not None:
             contents[part] = [key64(digest) for digest in content_digests(run, batch, row)]
         if spec.label is not None:
             labels[part] = [key64(label) for label in batch[spec.label].to_pylist()]
         row += batch.num_rows
         advance(batch.num_rows)
-    return _find_repeated(run, keys, contents, labels)
+    every = (np.tile(values, len(views)) for values in (examples, contents, labels))
+    return _find_repeated(run, keys.reshape(-1), *every)
 
 
 def example_ids(run: Run, batch: pa.RecordBatch, first_row: int) -> list[str]:
@@ -284,7 +302,7 @@ def _two_contents(run: Run, row: int, other: int) -> DataError:
     )
 
 
-def _find_repeated(run: Run, keys: Keys, contents: Keys, labels: Keys) -> Scan:
+def _find_repeated(run: Run, keys: Keys, examples: Keys, contents: Keys, labels: Keys) -> Scan:
     order = np.argsort(keys, kind="stable")
     again = np.zeros(len(keys), bool)
     again[1:] = keys[order][1:] == keys[order][:-1]
@@ -295,4 +313,4 @@ def _find_repeated(run: Run, keys: Keys, contents: Keys, labels: Keys) -> Scan:
         at = int(np.argmax(different))
         raise _two_contents(run, int(order[at]), int(first[at]))
     relabelled = int((again & (labels[order] != labels[first])).sum())
-    return Scan(keys, np.sort(order[again]).astype(np.int64), relabelled)
+    return Scan(keys, np.sort(order[again]).astype(np.int64), relabelled, examples)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow as pa
 from softlabels.errors import BadInputError, DataError, IntegrityError, one_line
 from softlabels.fingerprint import sha256_bytes, sha256_json, sha256_stream
 from softlabels.parquet import UNREADABLE, Parquet
+from softlabels.schema import SOURCE_FILE, SOURCE_ROW
 from softlabels.storage import Root, find_files
 
 READ_ROWS = 4_096
@@ -17,6 +19,11 @@ READ_BYTES = 8 << 20
 """Rows of a source decoded at once, and their bytes when rows are large, such as images: what
 bounds memory beside the teacher's own batch, and beside two pages of the file, which Arrow decodes
 whole."""
+
+
+VIEW = "view"
+MADE = (VIEW, SOURCE_FILE, SOURCE_ROW)
+"""Columns that `Source.batches` adds to those of the files where it is asked for them."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Source:
         origin: where the files were made from others: what stands for their content, so that the
             same text is the same source whatever wrote the files.
         skipped: what was left out of them when they were made, by reason.
+        views: of each row. All rows are numbered for the first view, then for the next.
     """
 
     root: Root
@@ -47,9 +55,15 @@ class Source:
     schema: pa.Schema
     origin: str | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
+    views: tuple[int, ...] = (0,)
 
     @property
     def num_rows(self) -> int:
+        """Rows of all files, once for each view."""
+        return self.rows_of_view * len(self.views)
+
+    @property
+    def rows_of_view(self) -> int:
         """Rows of all files."""
         return sum(file.num_rows for file in self.files)
 
@@ -60,22 +74,51 @@ class Source:
             return self.origin
         return sha256_json([file.sha256 for file in self.files])
 
-    def batches(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """The rows `start` to `stop`, in order, at most READ_ROWS or some READ_BYTES at a time."""
+    def batches(
+        self, start: int, stop: int, columns: Sequence[str], made: Sequence[str] = ()
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows `start` to `stop`, in order, at most READ_ROWS or some READ_BYTES at a time.
+
+        Args:
+            start: first row.
+            stop: row after the last.
+            columns: of the files.
+            made: further ones that say where a row comes from: of MADE.
+        """
         first = 0
-        for file in self.files:
+        for view, file in product(self.views, self.files):
             low, high = max(start - first, 0), min(stop - first, file.num_rows)
             if low < high:
-                yield from _read(self.root, file, low, high, columns)
+                for batch in _read(self.root, file, low, high, columns):
+                    yield _placed(batch, made, view, file, low)
+                    low += batch.num_rows
             first += file.num_rows
 
     def locate(self, row: int) -> str:
         """A row's file and number in it, for messages."""
+        if row >= self.num_rows:
+            raise IndexError(row)
+        row %= self.rows_of_view
         for file in self.files:
             if row < file.num_rows:
                 return f"row {row} of {file.path!r}"
             row -= file.num_rows
-        raise IndexError(row)
+        raise AssertionError("unreachable")
+
+
+def _placed(
+    batch: pa.RecordBatch, made: Sequence[str], view: int, file: SourceFile, first: int
+) -> pa.RecordBatch:
+    """`batch`, whose first row is `first` of the file, with the columns `made`."""
+    rows = batch.num_rows
+    found = {
+        VIEW: pa.array(np.full(rows, view, np.int32)),
+        SOURCE_FILE: pa.repeat(file.sha256, rows),
+        SOURCE_ROW: pa.array(np.arange(first, first + rows, dtype=np.int64)),
+    }
+    for name in made:
+        batch = batch.append_column(name, found[name])
+    return batch
 
 
 def open_source(pattern: str, columns: Sequence[str]) -> Source:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from softlabels.fingerprint import canonical_json
-from softlabels.schema import temperature_suffix
+from softlabels.schema import SOURCE_FILE, SOURCE_ROW, temperature_suffix
 from softlabels.specs import load_spec, load_spec_as
 
 ROWS_PER_SHARD = 50_000
@@ -71,6 +71,10 @@ class SourceSpec(_Settings):
             module's input: a tensor [B, ...].
         example_id: column with a stable key; none: the sha256 of the columns' content.
         label: column with the hard label, a class id or a class name; none: no labels.
+        augment: import path of `augment(inputs, seeds)`, which what `decode` gave goes through in
+            augmented views; `seeds` is int64 [B]. What becomes of a row may hang on its own input
+            and seed alone, for students replay it in other batches.
+        views: augmented views that are labelled of each row, numbered from 1; 0: the plain row.
     """
 
     files: str
@@ -78,6 +82,14 @@ class SourceSpec(_Settings):
     decode: str
     example_id: str | None = None
     label: str | None = None
+    augment: str | None = None
+    views: Annotated[int, Field(ge=0, le=10_000)] = 0
+
+    @model_validator(mode="after")
+    def _views_are_made(self) -> Self:
+        if self.views and self.augment is None:
+            raise ValueError(f"views is {self.views}, and augment names nothing that makes them")
+        return self
 
 
 class _Capture(_Settings):
@@ -151,6 +163,8 @@ class CaptureSpec(_Capture):
         profile: how values are rounded.
         shard_rows: source rows a shard; decides the units of the run.
         batch_size: rows the teacher sees at once.
+        carry_position: store where each row is in the source (source_file, source_row), so that
+            a student reads what is not carried from there; some bytes a row.
     """
 
     teacher: TeacherSpec
@@ -160,6 +174,12 @@ class CaptureSpec(_Capture):
     profile: Literal["compact", "precise"] = "precise"
     shard_rows: Annotated[int, Field(ge=1, le=10_000_000)] = ROWS_PER_SHARD
     batch_size: Annotated[int, Field(ge=1)] = 256
+    carry_position: bool = False
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """The table's columns beside the labels."""
+        return (*self.carry, *((SOURCE_FILE, SOURCE_ROW) if self.carry_position else ()))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], changes: Sequence[str] = ()) -> Self:
@@ -174,6 +194,17 @@ class CaptureSpec(_Capture):
     def _k_fits(self) -> Self:
         if self.k > self.teacher.num_classes:
             raise ValueError(f"k is {self.k}, the teacher has {self.teacher.num_classes} classes")
+        return self
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        source = self.source
+        made = (SOURCE_FILE, SOURCE_ROW) * self.carry_position + ("view",) * (source.views > 0)
+        named = {*self.carry, *source.columns, source.example_id, source.label}
+        if taken := [name for name in made if name in named]:
+            raise ValueError(
+                f"source column {taken[0]!r} has the name of one that capture makes: rename it"
+            )
         return self
 
 

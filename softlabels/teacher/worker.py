@@ -105,7 +105,7 @@ class Worker:
         self._stopped = stopped
         self._bytes_per_row = 0.0
         self._open = frozenset(unit.key for unit in labeller.run.units)
-        self._elsewhere = Elsewhere(labeller.run.id, found.keys)
+        self._elsewhere = Elsewhere(labeller.run.id, found.keys, found.examples)
         self._elsewhere.learn(table)
 
     def left(self, units: Iterable[Unit]) -> list[Unit]:

@@ -205,3 +205,24 @@ def test_a_student_of_an_ensemble_is_evaluated_without_a_mixture_that_is_not_sto
     found = json.loads(ended.out)
     assert found["student"]["kl_to_teacher"] > 0
     assert "teacher" not in found
+
+
+def test_profile_times_some_steps_and_writes_nothing(
+    tmp_path: Path, spec: Path, softlabels: Run
+) -> None:
+    ended = softlabels("train", spec, "--profile", 4)
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert lines[0].split() == ["s/step", "share"]
+    assert {"backward", "optimizer"} < {line.split()[0] for line in lines[1:]}
+    assert lines[-1].startswith("4 steps in ")
+    assert " of the time: " in lines[-1]
+    found = json.loads(softlabels("train", spec, "--profile", 4, "--json").out)
+    assert sum(part["share"] for part in found["parts"].values()) == pytest.approx(1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_summary_says_how_long_it_waited_for_data(spec: Path, softlabels: Run) -> None:
+    ended = softlabels("train", spec)
+    assert ended.out.splitlines()[-2].startswith("data wait ")
+    assert " of the time: " in ended.out.splitlines()[-2]

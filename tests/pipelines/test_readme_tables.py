@@ -24,5 +24,5 @@ def test_a_readme_without_the_marks_is_refused(tmp_path: Path) -> None:
 
 def test_every_table_s_place_is_there() -> None:
     names = ("bench", "bench-loss", "bench-query", "ensemble", "curate", "faults")
-    for name in (*names, "bench-lm", "bench-lm-capture", "stats-lm"):
+    for name in (*names, "bench-lm", "bench-lm-capture", "bench-stream", "stats-lm"):
         require_place(name)

@@ -20,6 +20,7 @@ import pytest
 from softlabels.errors import IntegrityError
 from softlabels.plan import Plan
 from softlabels.rules import PositionRules
+from softlabels.storage import Root
 from softlabels.store.table import Table
 from softlabels.student.decode import Decoder
 from softlabels.student.rows import Rows
@@ -361,3 +362,33 @@ def test_the_same_from_an_object_store(s3: S3, tmp_path: Path, cache: Path) -> N
     expected = read(plan)
     for _ in range(2):
         assert_equal(read(plan, roots={"a": s3.url("t")}, cache_bytes=0), expected)
+
+
+def test_the_first_batch_from_an_object_store_needs_ranges_of_files_only(
+    s3: S3, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_long(tmp_path / "t", rows=320, positions=128)
+    local = Table.open(str(tmp_path / "t"))
+    fs, path = fsspec.url_to_fs(s3.url("t"), client_kwargs={"endpoint_url": s3.endpoint})
+    for file in local.files:
+        fs.pipe_file(f"{path}/{file.path}", local.root.read(file.path))
+    plan = make_plan(local)
+    monkeypatch.setenv("SOFTLABELS_CACHE_BYTES", "0")
+    fetched, ranges = [], Root.ranges
+
+    def counted(own: Root, path: str, starts: Any, ends: Any) -> Any:
+        found = ranges(own, path, starts, ends)
+        fetched.append(sum(map(len, found)))
+        return found
+
+    def refused(*arguments: Any) -> Any:
+        raise AssertionError("a whole file was read")
+
+    monkeypatch.setattr(Root, "ranges", counted)
+    for name in ("read", "buffer"):
+        monkeypatch.setattr(Root, name, refused)
+    roots = {"a": s3.url("t")}
+    batches = iter(Stream(plan, batch_size=4, epochs=1, shuffle_rows=10, roots=roots))
+    assert len(next(batches)) == 4
+    batches.close()  # type: ignore[attr-defined]
+    assert 0 < sum(fetched) < 0.6 * sum(file.size for file in local.files)

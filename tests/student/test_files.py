@@ -2,12 +2,14 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from softlabels import parquet
 from softlabels.errors import BadInputError, IntegrityError, StorageError
 from softlabels.plan import Plan
 from softlabels.store.table import Table
@@ -104,6 +106,25 @@ def test_after_the_first_read_a_remote_row_group_costs_its_own_bytes(
     monkeypatch.setattr(fs, "cat_file", counted)
     found.read("a", table.files[0].path, 0, COLUMNS)
     assert 0 < sum(sizes) < table.files[0].size / 20
+
+
+def test_where_columns_are_is_found_once_a_file(
+    plan: Plan, remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse, parsed = parquet._parse_footer, []
+
+    def counted(end: memoryview, wanted: Any) -> Any:
+        parsed.append(len(end))
+        return parse(end, wanted)
+
+    monkeypatch.setattr(parquet, "_parse_footer", counted)
+    monkeypatch.setattr(files, "OPEN_FILES", 1)
+    for roots in ({}, {"a": remote}):
+        parsed.clear()
+        found = Files(plan, roots)
+        for _ in range(2):
+            read_all(found, plan)
+        assert len(parsed) == len(plan.tables["a"].files) == 2
 
 
 def test_a_remote_file_that_changes_later_is_noticed(plan: Plan, table: Table, remote: str) -> None:

@@ -65,7 +65,7 @@ def test_long_rows_are_records_and_hold_no_targets(tmp_path: Path, case: str) ->
         found = flat.load(descriptor, size)
     assert isinstance(found, Records) == (case in RECORDS)
     if isinstance(found, Records):
-        assert found.row_bytes == sum(v.nbytes for _, v in flat._arrays(rows.targets))
+        assert found.row_bytes == sum(v.nbytes for _, v in flat.arrays_of(rows.targets))
         held = sum(values.nbytes for values in [found.example_ids, *found.columns.values()])
         assert found.nbytes == held + found.counts.nbytes + 2000
 

@@ -17,6 +17,7 @@ def make_order(
     seed: int = 7,
     shuffle: bool = True,
     shuffle_rows: int = 8,
+    sources: list[int] | None = None,
 ) -> Order:
     entries = len(num_rows)
     return Order(
@@ -27,15 +28,15 @@ def make_order(
         seed,
         shuffle,
         shuffle_rows,
+        None if sources is None else np.array(sources),
     )
 
 
 def read(order: Order, epoch: int = 0) -> list[Pair]:
     """(entry, row) at each position."""
     found = order.epoch(epoch)
-    windows = [found.window(number) for number in range(found.num_windows)]
-    pairs = [zip(entries, rows, strict=True) for entries, rows in windows]
-    return [(int(entry), int(row)) for pair in pairs for entry, row in pair]
+    entries, rows = found.read(0, found.rows)
+    return list(zip(entries.tolist(), rows.tolist(), strict=True))
 
 
 def test_the_order_of_a_tiny_plan_never_changes() -> None:
@@ -46,6 +47,18 @@ def test_the_order_of_a_tiny_plan_never_changes() -> None:
 
     assert text(0) == "31 14 12 30 33 11 10 13 32 32 33 30 31 05 00 04 03 02 01"
     assert text(1) == "31 31 30 32 30 33 32 33 13 11 12 10 14 00 05 04 03 01 02"
+
+
+def test_the_order_of_a_tiny_mixture_never_changes() -> None:
+    order = make_order(
+        [6, 5, 0, 4], stages=[1, 0, 0, 0], repeats=[1, 1, 3, 2], sources=[0, 0, 1, 1]
+    )
+
+    def text(epoch: int) -> str:
+        return " ".join(f"{entry}{row}" for entry, row in read(order, epoch))
+
+    assert text(0) == "31 11 30 13 33 32 10 31 30 12 32 14 33 02 05 00 01 03 04"
+    assert text(1) == "33 11 31 14 32 30 12 30 31 10 32 13 33 01 02 05 03 00 04"
 
 
 def test_a_keyed_permutation_never_changes() -> None:
@@ -61,21 +74,25 @@ def test_a_permutation_is_spread_evenly() -> None:
 
 @given(
     entries=st.lists(
-        st.tuples(st.integers(0, 30), st.integers(0, 3), st.integers(0, 2)), min_size=1, max_size=12
+        st.tuples(st.integers(0, 30), st.integers(0, 3), st.integers(0, 2), st.integers(0, 3)),
+        min_size=1,
+        max_size=12,
     ),
     shuffle=st.booleans(),
     shuffle_rows=st.integers(1, 60),
     epoch=st.integers(0, 5),
 )
 def test_an_epoch_reads_each_row_as_often_as_asked(
-    entries: list[tuple[int, int, int]], shuffle: bool, shuffle_rows: int, epoch: int
+    entries: list[tuple[int, int, int, int]], shuffle: bool, shuffle_rows: int, epoch: int
 ) -> None:
-    num_rows, repeats, stages = (list(values) for values in zip(*entries, strict=True))
-    order = make_order(num_rows, stages, repeats, shuffle=shuffle, shuffle_rows=shuffle_rows)
+    num_rows, repeats, stages, sources = (list(values) for values in zip(*entries, strict=True))
+    order = make_order(
+        num_rows, stages, repeats, shuffle=shuffle, shuffle_rows=shuffle_rows, sources=sources
+    )
     found = read(order, epoch)
     expected = [
         (entry, row)
-        for entry, (size, times, _) in enumerate(entries)
+        for entry, (size, times, *_) in enumerate(entries)
         for _ in range(times)
         for row in range(size)
     ]
@@ -85,16 +102,91 @@ def test_an_epoch_reads_each_row_as_often_as_asked(
     assert read_stages == sorted(read_stages)
 
 
-def test_windows_end_with_the_item_that_fills_them_and_with_their_stage() -> None:
+def ends(order: Order) -> list[int]:
+    return [segment.stop for segment in order.epoch(0).segments()]
+
+
+def test_blocks_end_with_the_item_that_fills_them_and_with_their_stage() -> None:
     order = make_order([3] * 10, stages=[0] * 7 + [1] * 3, shuffle_rows=5)
-    assert np.diff(order.epoch(0).starts).tolist() == [6, 6, 6, 3, 6, 3]
+    assert np.diff([0, *ends(order)]).tolist() == [6, 6, 6, 3, 6, 3]
 
 
-def test_every_position_is_found_in_its_window() -> None:
-    order = make_order([3, 1, 4, 1, 5, 9, 2, 6], shuffle_rows=6).epoch(0)
-    for position in range(31):
-        number = order.window_at(position)
-        assert order.starts[number] <= position < order.starts[number + 1]
+def test_a_block_of_a_source_holds_its_share_of_the_rows_that_are_shuffled() -> None:
+    order = make_order([4] * 30, sources=[0] * 20 + [1] * 10, shuffle_rows=12)
+    epoch = order.epoch(0)
+    (stage,) = epoch.stages
+    assert [np.diff(own.starts).tolist() for own in stage.sources] == [
+        [4] + [8] * 9 + [4],
+        [4] * 10,
+    ]
+    for segment in epoch.segments():
+        held = [epoch.block(place) for place in segment.blocks]
+        assert sum(len(block.rows) for block in held) <= 12
+
+
+def test_blocks_of_different_sources_end_in_turn() -> None:
+    sizes = [5] * 200 + [5] * 60 + [5] * 140
+    order = make_order(sizes, sources=[0] * 200 + [1] * 60 + [2] * 140, shuffle_rows=200)
+    whole = np.diff([0, *ends(order)])[:-3]  # three blocks at a time end within 200 rows
+    assert whole.mean() > 60
+    assert whole.min() >= 30
+
+
+def test_each_item_is_in_one_block() -> None:
+    order = make_order([3, 7, 1, 9, 5, 2, 8] * 6, repeats=[2] * 42, sources=[0, 1, 2] * 14)
+    epoch = order.epoch(0)
+    items = []
+    for segment in epoch.segments():
+        assert segment.start < segment.stop
+        for place in segment.blocks:
+            block = epoch.block(place)
+            assert np.all(np.diff(block.positions) > 0)
+            if segment.start <= block.positions[0] < segment.stop:
+                numbers, counts = np.unique(block.entries, return_counts=True)
+                items += [
+                    n
+                    for n, c in zip(numbers, counts // order.num_rows[numbers], strict=True)
+                    for _ in range(c)
+                ]
+                assert np.all(counts % order.num_rows[numbers] == 0)
+    assert sorted(items) == sorted([*range(42)] * 2)
+
+
+@pytest.mark.parametrize("shuffle_rows", [1, 20, 10_000])
+def test_every_prefix_holds_each_source_within_one_row_of_its_share(shuffle_rows: int) -> None:
+    sizes = [40] * 30 + [7] * 10 + [3] + [90] * 5 + [11] * 4
+    sources = [0] * 30 + [1] * 10 + [2] + [3] * 5 + [4] * 4
+    order = make_order(sizes, repeats=[1, 2] * 25, sources=sources, shuffle_rows=shuffle_rows)
+    for epoch in range(3):
+        entries, _ = order.epoch(epoch).read(0, order.rows_per_epoch)
+        of = np.array(sources)[entries]
+        prefixes = np.arange(1, len(of) + 1)
+        for source in range(5):
+            counts = np.cumsum(of == source)
+            assert np.abs(counts - prefixes * counts[-1] / len(of)).max() <= 1
+
+
+def test_any_stretch_is_read_as_in_the_whole() -> None:
+    order = make_order([5, 9, 2, 8, 4, 4], stages=[0, 0, 0, 0, 1, 1], sources=[0, 1, 0, 2, 0, 1])
+    epoch = order.epoch(2)
+    whole = np.array(epoch.read(0, 32))
+    for start in range(32):
+        for stop in range(start, 33):
+            assert np.array_equal(np.array(epoch.read(start, stop)), whole[:, start:stop])
+
+
+def test_only_a_stage_of_several_sources_makes_another_order() -> None:
+    plain = make_order([5, 6, 7], stages=[0, 0, 1])
+    alone = make_order([5, 6, 7], stages=[0, 0, 1], sources=[0, 0, 1])
+    mixed = make_order([5, 6, 7], stages=[0, 0, 1], sources=[0, 1, 1])
+    assert read(plain) == read(alone)
+    assert plain.identity == alone.identity
+    assert (plain.identity["version"], mixed.identity["version"]) == (1, 2)
+    other = make_order([5, 6, 7], stages=[0, 0, 1], repeats=[2, 1, 1], sources=[0, 1, 1])
+    assert mixed.identity["sources"] != other.identity["sources"]
+    in_order = make_order([5, 6, 7], sources=[2, 1, 0], shuffle=False)
+    assert [entry for entry, _ in read(in_order)] == [0] * 5 + [1] * 6 + [2] * 7
+    assert in_order.identity["version"] == 1
 
 
 def test_without_shuffling_rows_come_in_plan_order() -> None:

@@ -290,13 +290,20 @@ def test_weights_of_one_table_are_1_in_the_others(uneven: Table, tmp_path: Path)
     assert Reader(kept).entry(0).position_weights is None
 
 
-def test_rules_that_keep_all_copy_nothing(uneven: Table) -> None:
+def test_rules_that_keep_all_copy_nothing(uneven: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(uneven)
     table = plan.tables["a"].model_copy(update={"positions": KNOWN})
-    rows = Reader(replace(plan, tables={"a": table})).entry(0)
-    assert not rows.targets.ids.flags.owndata
-    few = Reader(ruled(uneven, PositionRules(where=(HARD,)))).entry(0)
-    assert few.targets.ids.flags.owndata
+    copied = []
+
+    def counted(targets: Any, *arguments: Any) -> Any:
+        copied.append(targets)
+        return keep_positions(targets, *arguments)
+
+    monkeypatch.setattr("softlabels.student.reader.keep_positions", counted)
+    Reader(replace(plan, tables={"a": table})).entry(0)
+    assert not copied
+    Reader(ruled(uneven, PositionRules(where=(HARD,)))).entry(0)
+    assert copied
 
 
 def test_a_row_that_the_rules_leave_empty_is_refused(uneven: Table) -> None:

@@ -18,7 +18,6 @@ from torch.multiprocessing.spawn import spawn
 
 from softlabels.errors import BadInputError, DataError, MismatchError, SoftLabelsError
 from softlabels.plan import Plan
-from softlabels.student import trainer
 from softlabels.student.batch import targets_at
 from softlabels.student.causal import LanguageModel
 from softlabels.student.evaluate import evaluate
@@ -29,6 +28,7 @@ from softlabels.student.run import Run
 from softlabels.student.saved import evaluate_saved, read_run
 from softlabels.student.sequences import COLUMNS, loss_weights
 from softlabels.student.spec import EvaluateSpec, RunSpec
+from softlabels.student.step import learn, work_of
 from softlabels.student.stream import Batch, Stream
 from softlabels.student.tokens import tokenizer_sha256
 from softlabels.student.trainer import train
@@ -106,7 +106,7 @@ def prepared(spec: RunSpec, model: nn.Module | None = None) -> tuple[Run, Batch]
 def learnt(spec: RunSpec) -> tuple[float, Tensor, dict[str, Tensor]]:
     """The loss, the KL of each position and the gradients of a run's first step."""
     run, batch = prepared(spec)
-    parts = trainer._learn(run, batch)
+    parts = learn(run, work_of(run, batch))
     found = {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None}
     return float(parts.loss), parts.kl, found
 
@@ -168,7 +168,7 @@ def test_micro_batches_of_classification_add_up_too(tmp_path: Path) -> None:
     for rows in (None, 5):
         own = spec.model_copy(update={"micro_batch_size": rows})
         run = Run.prepare(own, *require_fit(own), None, decode)
-        parts = trainer._learn(run, next(iter(run.stream)))
+        parts = learn(run, work_of(run, next(iter(run.stream))))
         found.append((float(parts.loss), [p.grad for p in run.model.parameters()]))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     for one, other in zip(found[0][1], found[1][1], strict=True):
@@ -191,7 +191,7 @@ def test_loss_and_gradient_against_a_dense_reference(
     torch.manual_seed(0)
     model = Bigram()
     run, batch = prepared(language_spec(tmp_path, path, loss=loss), model)
-    parts = trainer._learn(run, batch)
+    parts = learn(run, work_of(run, batch))
     order = [int(name[1:]) for name in batch.example_ids.to_pylist()]
     ends = np.cumsum([0] + [len(p) for p in drawn.positions])
     table_ = model.table.weight.detach().double().requires_grad_()
@@ -223,7 +223,7 @@ def test_position_weights_count(tmp_path: Path, plan: Path) -> None:
     n = len(batch.targets.ids)
     own = np.linspace(0, 2, n).astype(np.float32)
     weighed = Batch(**{**vars(batch), "position_weights": own})
-    parts = trainer._learn(run, weighed)
+    parts = learn(run, work_of(run, weighed))
     expected = float((parts.kl.double() * torch.from_numpy(own)).sum() / own.sum())
     assert float(parts.loss) == pytest.approx(expected, rel=1e-5)
 
@@ -607,7 +607,7 @@ def test_two_ranks_are_one_process(tmp_path: Path, plan: Path) -> None:
     model = Bigram()
     nn.init.zeros_(model.table.weight)
     run, batch = prepared(language_spec(tmp_path, plan), model)
-    trainer._learn(run, batch)
+    learn(run, work_of(run, batch))
     assert model.table.weight.grad is not None
     np.testing.assert_allclose(np.load(out), model.table.weight.grad, rtol=1e-4, atol=1e-7)
     assert sum_over_ranks(2.5) == 2.5
@@ -638,14 +638,4 @@ def test_a_checkpoint_without_a_tokenizer_to_compare_is_refused(tmp_path: Path) 
     with pytest.raises(
         BadInputError, match=r"'someone/model' has no tokenizer.json.*add tokenizer"
     ):
-        train(spec)
-
-
-def test_one_of_several_processes_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = language_spec(tmp_path, make_language_plan(tmp_path), student=BIGRAM)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(BadInputError, match="expected one process, found a process group of 2"):
         train(spec)

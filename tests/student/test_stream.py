@@ -23,6 +23,7 @@ from softlabels.plan import POSITIONS, Plan, entries_table
 from softlabels.rules import Condition, PositionRules, PositionWeight
 from softlabels.store import shards
 from softlabels.store.table import Table
+from softlabels.student import lease
 from softlabels.student.order import Order, owned_positions
 from softlabels.student.reader import Reader
 from softlabels.student.stream import Batch, Stream, window_rows
@@ -135,13 +136,19 @@ def test_the_order_is_that_of_the_pure_function(plan: Plan) -> None:
         return np.array(plan.entries[name].to_pylist())
 
     order = Order(
-        plan.fingerprint, values("stage"), values("num_rows"), values("repeats"), 0, True, 40
+        plan.fingerprint,
+        values("stage"),
+        values("num_rows"),
+        values("repeats"),
+        0,
+        True,
+        40,
+        np.array([entry["table"] == "b" for entry in plan.entries.to_pylist()]),
     )
     expected = []
     for epoch in range(2):
-        found = order.epoch(epoch)
-        for entries, rows in map(found.window, range(found.num_windows)):
-            expected += list(zip(entries.tolist(), rows.tolist(), strict=True))
+        entries, rows = order.epoch(epoch).read(0, 118)
+        expected += list(zip(entries.tolist(), rows.tolist(), strict=True))
     numbers = [
         n for b in make_stream(plan, epochs=2, columns=["number"]) for n in b.columns["number"]
     ]
@@ -496,21 +503,22 @@ def test_memory_stays_within_what_the_documentation_says(
     options = {"shuffle_rows": 20, "read_ahead": read_ahead, "cache_bytes": int(cache_rows * row)}
     stream = make_stream(plan, 4, epochs=2, **options)
     gc.collect()
+    lease._free.clear()  # what others left would be used, and not be counted
     before, peak = pa.total_allocated_bytes(), 0
     tracemalloc.start()
     try:
         for _ in stream:
             time.sleep(0.02)  # a slow student: the reader gets as far ahead as it may
-            held, highest = tracemalloc.get_traced_memory()
+            held, _ = tracemalloc.get_traced_memory()
             peak = max(peak, held + pa.total_allocated_bytes() - before)
     finally:
         tracemalloc.stop()
     # Row groups are of 10 rows, the last of 4: a window of about 20 has 24 at most.
-    # Two are held, and parts are whole windows here: one in hand, one that is gathered.
-    windows = (read_ahead + 4) * 24 * row
-    assert highest < windows + 1e6
-    # One row group more while it is decoded.
-    assert 40 * row < peak < windows + (cache_rows + 10) * row + 1e6
+    # Two are held, and parts are whole windows here: one in hand, one that is gathered. Two row
+    # groups more while one is decoded and copied. Blocks are up to an eighth larger than what is
+    # in them.
+    rows = (read_ahead + 4) * 24 + cache_rows + 20
+    assert 40 * row < peak < 1.125 * rows * row + 1e6
 
 
 def test_streaming_needs_no_teacher_and_no_database_and_ends(plan: Plan, tmp_path: Path) -> None:

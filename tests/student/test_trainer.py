@@ -27,6 +27,8 @@ from softlabels.errors import (
     TryAgainError,
 )
 from softlabels.plan import Plan
+from softlabels.student import step
+from softlabels.student.build import autocast_dtype
 from softlabels.student.checkpoint import read_weights
 from softlabels.student.metrics import read_metrics
 from softlabels.student.spec import EvaluateSpec, OptimizerSpec, RunSpec
@@ -450,7 +452,7 @@ def test_a_students_own_failure_is_one_line_that_names_the_rows(tmp_path: Path) 
         raise KeyError("no such thing")
 
     spec = run_spec(tmp_path, make_problem(tmp_path))
-    with pytest.raises(DataError, match=r"step 1: the student or its decode failed on \d+ rows"):
+    with pytest.raises(DataError, match=r"the student's decode failed on \d+ rows"):
         train(spec, decode=broken)
 
 
@@ -466,3 +468,69 @@ def test_roots_may_name_tables_of_either_plan(tmp_path: Path) -> None:
     wrong = spec.model_copy(update={"roots": moved | {"tset": "x"}, "out": str(tmp_path / "o")})
     with pytest.raises(BadInputError, match="no plan of the run reads a table 'tset'"):
         train(wrong)
+
+
+def test_autocast_is_another_run_and_learns(tmp_path: Path, plan: Path) -> None:
+    spec = run_spec(tmp_path, plan, steps=2)
+    assert "autocast" not in spec.identity()  # as before there was one
+    half = spec.model_copy(update={"autocast": "bfloat16", "steps": 100})
+    assert half.identity()["autocast"] == "bfloat16"
+    for name in ("compile", "distributed"):
+        assert name not in half.identity()
+    train(spec)
+    with pytest.raises(MismatchError, match="autocast"):
+        train(spec.model_copy(update={"autocast": "bfloat16"}))
+    dtypes = set()
+
+    class Watched(Linear):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            logits = super().forward(features)
+            dtypes.add(logits.dtype)
+            return logits
+
+    model = Watched()
+    train(half.model_copy(update={"out": str(tmp_path / "half")}), model=model)
+    assert dtypes == {torch.bfloat16}
+    assert model.layer.weight.dtype == torch.float32
+    lines = read_metrics(tmp_path / "half")
+    assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
+
+
+def test_autocast_auto_leaves_a_processor_alone() -> None:
+    cpu = torch.device("cpu")
+    assert autocast_dtype("auto", cpu) is None
+    assert autocast_dtype("none", cpu) is None
+    assert autocast_dtype("bfloat16", cpu) == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+def test_a_compiled_student_is_the_same(tmp_path: Path, plan: Path) -> None:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("compile IS NOT TESTED: torch.compile needs a C++ compiler, none is here")
+    weights = []
+    for name, compiled in (("plain", False), ("compiled", True)):
+        spec = run_spec(tmp_path, plan, out=str(tmp_path / name), steps=12, compile=compiled)
+        weights.append(read_weights(train(spec).student))
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_data_that_cannot_be_read_costs_no_step(
+    tmp_path: Path, plan: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count(1)
+
+    def gone_for_a_while(run: Any, batches: Any) -> Any:
+        if next(calls) == 6:
+            raise TryAgainError("storage does not answer")
+        return step.take(run, batches)
+
+    monkeypatch.setattr("softlabels.student.trainer.take", gone_for_a_while)
+    spec = run_spec(tmp_path, plan, checkpoint={"every": 1000})
+    with pytest.raises(TryAgainError, match="does not answer"):
+        train(spec)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
+    train(spec)
+    train(run_spec(tmp_path, plan, out=str(tmp_path / "whole")))
+    assert student_bytes(tmp_path / "run") == student_bytes(tmp_path / "whole")

@@ -105,10 +105,12 @@ class RecordedSource(Source):
 
     kept: Source | None = None
 
-    def batches(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, start: int, stop: int, columns: Sequence[str], made: Sequence[str] = ()
+    ) -> Iterator[pa.RecordBatch]:
         """As `Source.batches`."""
         assert self.kept is not None
-        yield from self.kept.batches(start, stop, columns)
+        yield from self.kept.batches(start, stop, columns, made)
 
     def locate(self, row: int) -> str:
         """The record that a row was made of."""

@@ -1,0 +1,1 @@
+"""Streams of soft labels measured beside other loaders; `make bench-stream` runs it."""
