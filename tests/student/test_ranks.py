@@ -107,8 +107,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
-        env=os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"},  # as the command line has it
+        timeout=300,
+        # As the command line has it; and torchrun speaks of threads where nobody says how many.
+        env=os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr.strip(), done.stderr
